@@ -1,0 +1,1 @@
+int zerokl_placeholder = 0;
