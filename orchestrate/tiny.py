@@ -1,0 +1,62 @@
+"""Tiny random models for tests and first steps: real architectures, seconds to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+VOCAB = 320  # 256 bytes, the special tokens, and room to spare
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make(family: Literal["llama", "qwen3"], out: Path, *, seed: int) -> None:
+    """Fill the existing folder `out` with config, bf16 weights and a byte-level tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16",
+        # wide enough that attention and the logits are far from uniform
+        "initializer_range": 0.08,
+    }  # fmt: skip
+    if family == "llama":
+        config = LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=False, rope_theta=10000.0, **shape)
+    else:
+        config = Qwen3Config(architectures=["Qwen3ForCausalLM"], tie_word_embeddings=True, rope_theta=1e6, **shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        _randomise_norms(model)
+    model.save_pretrained(out)
+    _tokenizer().save_pretrained(out)
+
+
+def _randomise_norms(model) -> None:  # type: ignore[no-untyped-def]
+    """Norm weights start at exactly 1, which would hide a norm that forgets its weight."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            with torch.no_grad():
+                parameter.uniform_(0.5, 1.5)
+
+
+def _tokenizer():  # type: ignore[no-untyped-def]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2], pad_token=SPECIAL[0],
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
