@@ -67,6 +67,7 @@ def convert(out: Path) -> None:
         num_hidden_layers=int(value("block_count")), num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=hidden // heads, vocab_size=weights["model.embed_tokens.weight"].shape[0],
         max_position_embeddings=int(value("context_length")), rope_theta=float(value("rope.freq_base")),
-        rms_norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"), tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16",
+        rms_norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"), tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16",
     ).save_pretrained(out)  # fmt: skip
     AutoTokenizer.from_pretrained(folder, gguf_file=FILE).save_pretrained(out)

@@ -1,0 +1,199 @@
+"""The recipe: typed, checked as a whole before anything starts, every problem named in one error.
+
+A recipe is a TOML file with the tables below; `--set table.key=value` replaces single values. The resolved
+configuration (defaults included) is what a run directory keeps, and what `--dry-run` prints.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from zerokl.orchestrate.errors import UserError
+
+Options = dict[str, Any]
+
+
+class Table(BaseModel):
+    """A table of the recipe: no unknown keys, no silent conversion of types, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelTable(Table):
+    """Which model is trained: a known name or a Hugging Face folder."""
+
+    name: str = Field(min_length=1)
+
+
+class RolloutTable(Table):
+    """How responses are sampled, and how the engine is laid out."""
+
+    prompts_per_step: int = Field(8, ge=1)
+    group_size: int = Field(8, ge=2, description="responses per prompt: GRPO compares them with each other")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0, le=10, description="0 (greedy) gives equal responses: nothing to learn from")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_prompt_tokens: int = Field(512, ge=1)
+    max_running_requests: int = Field(64, ge=1)
+    chunked_prefill_tokens: int = Field(256, ge=16)
+    threads: int | None = Field(None, ge=1, description="default: all cores (rollout and training take turns)")
+
+
+class TrainTable(Table):
+    """The optimizer (Adam) and how a step's tokens are cut into micro-batches."""
+
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(1e-6, gt=0, le=1)
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    microbatch_tokens: int = Field(2048, ge=1)
+    recompute: bool = False
+    threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _betas(self) -> TrainTable:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class AlgorithmTable(Table):
+    """GRPO (see `orchestrate/algorithms/grpo.py` for the formulas)."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.2, ge=0)
+    normalize_std: bool = True
+
+
+class DataTable(Table):
+    """Where tasks come from: a callable `source(seed, **options)`, and how a task becomes a prompt.
+
+    ``template``: "chat" (the tokenizer's own), or text with {prompt} and any of the task's fields in braces.
+    """
+
+    source: str = Field(min_length=1)
+    options: Options = {}
+    template: str = "chat"
+
+    @model_validator(mode="after")
+    def _template(self) -> DataTable:
+        if self.template != "chat" and "{" not in self.template:
+            raise ValueError('template must be "chat" or hold a field such as {prompt}')
+        return self
+
+
+class RewardTable(Table):
+    """What a response is worth: a callable `reward(task, response, **options) -> float`."""
+
+    function: str = Field(min_length=1)
+    options: Options = {}
+    timeout_s: float = Field(60.0, gt=0, description="for one step's responses together")
+
+
+class ControlTable(Table):
+    """The same comparison with the engines' own kernels, once after training: what the difference would have been."""
+
+    enabled: bool = False
+    prompts: int = Field(8, ge=1)
+
+
+class RunTable(Table):
+    """Seed, checkpoints, deadlines and sinks."""
+
+    directory: str = Field("runs/run", min_length=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    checkpoint_every: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = False
+    start_timeout_s: float = Field(300.0, gt=0)
+    step_timeout_s: float = Field(1800.0, gt=0)
+
+
+class Config(Table):
+    """A whole recipe."""
+
+    model: ModelTable
+    train: TrainTable
+    data: DataTable
+    reward: RewardTable
+    rollout: RolloutTable = RolloutTable()
+    algorithm: AlgorithmTable = AlgorithmTable()
+    control: ControlTable = ControlTable()
+    run: RunTable = RunTable()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.microbatch_tokens:
+            raise ValueError(
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} does not fit into "
+                f"train.microbatch_tokens = {self.train.microbatch_tokens}"
+            )
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(f"train.warmup_steps = {self.train.warmup_steps} exceeds train.steps = {self.train.steps}")
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the recipe at `path`, apply `table.key=value` overrides, check everything.
+
+    Raises UserError that lists every problem found: syntax, unknown keys, wrong types, impossible values.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}", "give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}", "see recipes/demo.toml for an example") from error
+    problems = [problem for text in overrides if (problem := _override(values, text))]
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(item) for item in error.errors()]
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"{path} has {len(problems)} problem(s):\n{listing}", "nothing was started")
+    return config
+
+
+def _override(values: dict[str, Any], text: str) -> str | None:
+    """Apply one `table.key=value` in place; returns what is wrong with it, if anything.
+
+    The value is read as TOML (`3`, `1e-6`, `true`, `"text"`, `[1, 2]`); what is no TOML value is taken as text.
+    """
+    key, equals, raw = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2 or not all(path):
+        return f"--set {text!r}: write table.key=value, e.g. train.steps=10"
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    table: Any = values
+    for name in path[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            return f"--set {text!r}: {name} is a value, not a table"
+    table[path[-1]] = value
+    return None
+
+
+def _describe(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if item["type"] == "missing":
+        return f"{where}: required"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    return f"{where}: {message}{shown}"
