@@ -1,0 +1,3 @@
+from torchvision import placeholder
+
+__getattr__ = placeholder(__name__)

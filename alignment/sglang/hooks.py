@@ -1,0 +1,274 @@
+"""Binding one loaded SGLang model to `zerokl.kernels`, and proving that the binding holds.
+
+The hooks sit on module *instances* of the engine's own model: SGLang's layer classes stay as they are, and an engine
+that did not ask for zerokl is untouched. Every module of the model must be of a type listed here, so a model with an
+unknown layer is refused instead of half bound. Every hook counts its calls: a forward pass makes an exact number of
+them, and `check_report` refuses an engine whose counts differ after its warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.runtime_context import get_parallel
+
+from zerokl import kernels
+from zerokl.alignment.sglang import sampling
+from zerokl.alignment.sglang.errors import HookError, UnsupportedError
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+CONTAINERS = {
+    "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
+    "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",
+    "ModuleList", "Pooler",
+}  # fmt: skip
+"""Module types that compute nothing themselves on the path from token ids to log-probabilities."""
+
+DISABLED_KEY = "zerokl_disabled_hooks"
+"""Key in the model config's overrides naming hooks to leave out (a test's fault; the engine must then refuse)."""
+
+
+@dataclass
+class Hook:
+    """One op, bound at ``sites`` (module, attribute, function), called ``per_forward`` times in a forward pass."""
+
+    name: str
+    op: str
+    per_forward: int
+    calls: int = 0
+    sites: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
+
+    def attach(self, module: Any, attribute: str, function: Callable[..., Any]) -> None:
+        setattr(module, attribute, function)
+        self.sites.append((module, attribute, function))
+
+    def intact(self) -> bool:
+        """Whether every site still holds the function bound there."""
+        return all(getattr(module, attribute) is function for module, attribute, function in self.sites)
+
+
+@dataclass
+class Binding:
+    """All hooks of one engine, with the attention backend and the sampler that run beside them."""
+
+    architecture: str
+    hooks: dict[str, Hook]
+    backend: Any
+    sampler: Any
+
+    def report(self) -> dict[str, Any]:
+        """What `check_report` needs, in plain types that cross SGLang's process boundary."""
+        rows = [
+            {
+                "hook": hook.name,
+                "op": hook.op,
+                "sites": len(hook.sites),
+                "per_forward": hook.per_forward,
+                "calls": hook.calls,
+                "intact": hook.intact(),
+            }
+            for hook in self.hooks.values()
+        ]
+        layers = self.hooks["silu_and_mul"].per_forward
+        rows.append(_built("attention", "attention_paged", layers, self.backend.calls))
+        rows.append(_built("sample", "sample", 1, self.sampler.calls))
+        return {"architecture": self.architecture, "forwards": self.backend.forwards, "hooks": rows}
+
+
+def _built(hook: str, op: str, per_forward: int, calls: int) -> dict[str, Any]:
+    return {"hook": hook, "op": op, "sites": 1, "per_forward": per_forward, "calls": calls, "intact": True}
+
+
+def check_report(report: dict[str, Any] | None) -> None:
+    """Raise HookError unless every hook ran exactly as often as the forward passes so far demand."""
+    if not report:
+        raise HookError("SGLang's scheduler reports no zerokl binding: the plugin did not load or was not asked for")
+    if report["forwards"] < 2:
+        raise HookError(f"{report['forwards']} forward passes ran: the warm-up needs a prefill and a decode step")
+    for row in report["hooks"]:
+        expected = row["per_forward"] * report["forwards"]
+        if row["calls"] != expected or not row["intact"]:
+            state = "" if row["intact"] else ", and something replaced it since"
+            raise HookError(
+                f"hook {row['hook']!r} did not take effect: {row['calls']} calls in {report['forwards']} forward "
+                f"passes, {expected} expected{state}; the engine would compute with SGLang's own kernels"
+            )
+
+
+def bind(runner: Any, backend: Any) -> Binding:
+    """Bind every module of the runner's model. Raises UnsupportedError for anything the kernels do not define."""
+    model = runner.model
+    architecture = type(model).__name__
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    _check_layout(runner)
+    config = model.config
+    runner.sampler = sampling.create()
+    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, architecture)}
+    disabled = set(getattr(config, DISABLED_KEY, ()))
+    for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
+        if type(module) not in _BINDERS:
+            if type(module).__name__ not in CONTAINERS:
+                raise UnsupportedError(f"module {name} is a {type(module).__name__}, which zerokl does not define")
+            continue
+        bind_module, names = _BINDERS[type(module)]
+        if disabled.isdisjoint(names):
+            bind_module(name, module, *(table[key] for key in names))
+    return Binding(architecture, table, backend, runner.sampler)
+
+
+def _expected(layers: int, architecture: str) -> Iterator[Hook]:
+    """The hooks and how often one forward pass must call each."""
+    head_norms = 2 * layers if architecture == "Qwen3ForCausalLM" else 0
+    yield Hook("embedding", "embedding", 1)
+    yield Hook("linear", "linear", 4 * layers)
+    yield Hook("rms_norm", "rms_norm", 1 + head_norms)
+    yield Hook("add_rms_norm", "rms_norm", 2 * layers)
+    yield Hook("rotary", "rotary", layers)
+    yield Hook("silu_and_mul", "silu_and_mul", layers)
+    yield Hook("lm_head", "linear", 1)
+
+
+def _check_layout(runner: Any) -> None:
+    parallel = get_parallel()
+    if (parallel.tp_size, parallel.pp_size, parallel.dp_size) != (1, 1, 1):
+        raise UnsupportedError(
+            f"tp, pp and dp size must be 1: got {parallel.tp_size, parallel.pp_size, parallel.dp_size}"
+        )
+    key = runner.token_to_kv_pool.get_key_buffer(0)
+    if key.dim() != 3 or key.dtype is not torch.bfloat16:
+        raise UnsupportedError(f"the KV pool must be bfloat16 [slots, heads, dim]: got {key.dtype} {tuple(key.shape)}")
+
+
+def _bind_embedding(name: str, module: Any, hook: Hook) -> None:
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        hook.calls += 1
+        return kernels.embedding(ids.long(), module.weight)
+
+    if module.output_dtype is not None:
+        raise UnsupportedError(f"module {name}: output_dtype is not supported")
+    hook.attach(module, "forward", forward)
+
+
+def _bind_linear(name: str, module: Any, hook: Hook) -> None:
+    if type(module.quant_method) is not UnquantizedLinearMethod or module.weight.dtype is not torch.bfloat16:
+        raise UnsupportedError(f"module {name}: quantized or non-bfloat16 weights are not supported")
+    if module.skip_bias_add:
+        raise UnsupportedError(f"module {name}: skip_bias_add is not supported")
+
+    def forward(x: torch.Tensor, *_: Any, output_tensor: torch.Tensor | None = None, **__: Any) -> Any:
+        if output_tensor is not None:
+            raise UnsupportedError(f"module {name}: a caller-owned output is not supported")
+        hook.calls += 1
+        return kernels.linear(x, module.weight, module.bias), None
+
+    hook.attach(module, "forward", forward)
+
+
+def _bind_norm(name: str, module: Any, plain: Hook, added: Hook) -> None:
+    if module.variance_size_override is not None or not module.has_weight or module.weight.dtype is not torch.bfloat16:
+        raise UnsupportedError(f"module {name}: only RMSNorm over the whole row with a bfloat16 weight is supported")
+    eps = module.variance_epsilon
+
+    def forward(x: torch.Tensor, residual: Any = None, extra: Any = None, quant_linear: Any = None) -> Any:  # noqa: ARG001
+        if extra is not None:
+            raise UnsupportedError(f"module {name}: a second residual addition is not supported")
+        if residual is None:
+            plain.calls += 1
+            return kernels.rms_norm(x, module.weight, eps)
+        added.calls += 1
+        return kernels.rms_norm(x, module.weight, eps, residual=residual)
+
+    plain.attach(module, "forward", forward)
+    added.attach(module, "forward", forward)
+
+
+def _bind_rotary(name: str, module: Any, hook: Hook) -> None:
+    if module.rotary_dim != module.head_size or not module.is_neox_style:
+        raise UnsupportedError(f"module {name}: partial or interleaved rotary embedding is not supported")
+    dim = module.head_size
+    table = kernels.rotary_table(module.max_position_embeddings, dim, module.base)
+
+    def forward(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *unknown: Any, **named: Any) -> Any:
+        if any(value is not None for value in (*unknown, *named.values())):
+            raise UnsupportedError(f"module {name}: offsets and fused cache writes are not supported")
+        hook.calls += 1
+        tokens = q.shape[0]
+        q_out, k_out = kernels.rotary(q.view(tokens, -1, dim), k.view(tokens, -1, dim), positions, table)
+        return q_out.view(tokens, -1), k_out.view(tokens, -1)
+
+    hook.attach(module, "forward", forward)
+
+
+def _bind_silu(name: str, module: Any, hook: Hook) -> None:  # noqa: ARG001
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        hook.calls += 1
+        return kernels.silu_and_mul(x)
+
+    hook.attach(module, "forward", forward)
+
+
+def _bind_logits(name: str, module: Any, hook: Hook) -> None:
+    if module.logit_scale is not None or module.final_logit_softcapping is not None:
+        raise UnsupportedError(f"module {name}: logit scaling and soft-capping are not supported")
+    vocabulary = module.vocab_size
+
+    def lm_head(hidden: torch.Tensor, head: Any, bias: Any = None, *, out: Any = None) -> torch.Tensor:  # noqa: ARG001
+        if bias is not None:
+            raise UnsupportedError(f"module {name}: an LM head bias is not supported")
+        hook.calls += 1
+        # SGLang pads the vocabulary; the kernels see its real rows only
+        return kernels.linear(hidden, head.weight[:vocabulary], out_dtype=torch.float32)
+
+    def input_logprobs(*_: Any, **__: Any) -> Any:
+        raise UnsupportedError("log-probabilities of prompt tokens (logprob_start_len) are not supported")
+
+    hook.attach(module, "_compute_lm_head", lm_head)
+    hook.attach(module.input_logprob_processor, "forward", input_logprobs)
+
+
+def _check_attention(name: str, module: Any) -> None:
+    """The backend computes it; only features it does not know are refused here."""
+    plain = (
+        module.logit_cap == 0
+        and module.sliding_window_size == -1
+        and not module.is_cross_attention
+        and module.attn_type is AttentionType.DECODER
+        and module.v_head_dim == module.qk_head_dim
+        and module.k_scale is None
+        and module.xai_temperature_len == -1
+    )
+    if not plain:
+        raise UnsupportedError(f"module {name}: only plain causal attention is supported (no window, cap or scales)")
+
+
+def _ignore(name: str, module: Any) -> None:
+    """An untied LM head is only a weight: `_compute_lm_head` reads it."""
+
+
+_BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
+    VocabParallelEmbedding: (_bind_embedding, ("embedding",)),
+    ParallelLMHead: (_ignore, ()),
+    QKVParallelLinear: (_bind_linear, ("linear",)),
+    MergedColumnParallelLinear: (_bind_linear, ("linear",)),
+    RowParallelLinear: (_bind_linear, ("linear",)),
+    RMSNorm: (_bind_norm, ("rms_norm", "add_rms_norm")),
+    RotaryEmbedding: (_bind_rotary, ("rotary",)),
+    SiluAndMul: (_bind_silu, ("silu_and_mul",)),
+    RadixAttention: (_check_attention, ()),
+    LogitsProcessor: (_bind_logits, ("lm_head",)),
+}
+"""For each module type: what binds it, and the hooks it is bound to."""
