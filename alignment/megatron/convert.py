@@ -1,0 +1,167 @@
+"""Weights between Hugging Face safetensors and Megatron's parameter names and layouts, bitwise both ways.
+
+Megatron fuses the projections: ``linear_qkv`` holds, for each key-value head in turn, its query heads, its key head and
+its value head; ``linear_fc1`` holds all gate rows and then all up rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+
+_INDEX = "model.safetensors.index.json"
+_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+_M_EMBEDDING, _M_FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+_M_HEAD = "output_layer.weight"
+
+# One layer's tensors that need no change: Hugging Face name -> Megatron name.
+_SAME = {
+    "self_attn.o_proj": "self_attention.linear_proj",
+    "mlp.down_proj": "mlp.linear_fc2",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+}
+_SAME_QK = {"self_attn.q_norm": "self_attention.q_layernorm", "self_attn.k_norm": "self_attention.k_layernorm"}
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Hugging Face checkpoint of this architecture holds, with its shape."""
+    hidden, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
+    query, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    if config.qk_norm:
+        layer |= dict.fromkeys(_SAME_QK, (head,))
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    shapes[_FINAL_NORM] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[_HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def read_hf_weights(model_dir: str | Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder (one safetensors file or an index of several), checked to be complete.
+
+    Raises ModelError naming every missing, unexpected, misshapen or non-bf16 tensor, or the damaged file.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(Path(model_dir)):
+        tensors |= read_safetensors(path)
+    if config.tie_word_embeddings and _HEAD in tensors:
+        _drop_tied_head(tensors, model_dir)
+    check_tensors(tensors, hf_shapes(config), torch.bfloat16, f"weights in {model_dir}")
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one file. Raises ModelError naming the file if it is absent, truncated or not safetensors."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist: copy or download the folder again") from error
+    except SafetensorError as error:
+        raise ModelError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, what: str
+) -> None:
+    """Raise ModelError listing every difference between ``tensors`` and what ``shapes`` and ``dtype`` ask for."""
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in shapes]
+    for name in shapes.keys() & tensors.keys():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, needs {tuple(shapes[name])}")
+        if tensor.dtype != dtype:
+            problems.append(f"{name} is {tensor.dtype}, needs {dtype}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ModelError(f"{what}: {shown}. They must match config.json: use weights of the same model in {dtype}")
+
+
+def hf_to_megatron(config: ModelConfig, hf: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Megatron's parameters from a complete set of Hugging Face tensors (see `hf_shapes`)."""
+    state = {_M_EMBEDDING: hf[_EMBEDDING], _M_FINAL_NORM: hf[_FINAL_NORM]}
+    if not config.tie_word_embeddings:
+        state[_M_HEAD] = hf[_HEAD]
+    groups = config.num_key_value_heads
+    for index in range(config.num_hidden_layers):
+        source, target = f"model.layers.{index}.", f"decoder.layers.{index}."
+        for name, renamed in _unchanged(config).items():
+            state[f"{target}{renamed}.weight"] = hf[f"{source}{name}.weight"]
+        q, k, v = (hf[f"{source}self_attn.{name}_proj.weight"] for name in "qkv")
+        per_group = [x.unflatten(0, (groups, -1)) for x in (q, k, v)]
+        state[f"{target}self_attention.linear_qkv.weight"] = torch.cat(per_group, dim=1).flatten(0, 1)
+        gate, up = (hf[f"{source}mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        state[f"{target}mlp.linear_fc1.weight"] = torch.cat([gate, up])
+    return state
+
+
+def megatron_to_hf(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face (name, tensor) pairs, in `hf_shapes`' order.
+
+    Tensors are views into ``state`` except q, k and v, whose rows lie interleaved in Megatron's layout.
+    """
+    head, groups = config.head_dim, config.num_key_value_heads
+    per_group = config.num_attention_heads // groups * head
+    yield _EMBEDDING, state[_M_EMBEDDING]
+    for index in range(config.num_hidden_layers):
+        source, target = f"decoder.layers.{index}.", f"model.layers.{index}."
+        qkv = state[f"{source}self_attention.linear_qkv.weight"].unflatten(0, (groups, -1))
+        for name, rows in zip("qkv", qkv.split([per_group, head, head], dim=1), strict=True):
+            yield f"{target}self_attn.{name}_proj.weight", rows.flatten(0, 1)
+        gate, up = state[f"{source}mlp.linear_fc1.weight"].chunk(2)
+        yield f"{target}mlp.gate_proj.weight", gate
+        yield f"{target}mlp.up_proj.weight", up
+        for name, renamed in _unchanged(config).items():
+            yield f"{target}{name}.weight", state[f"{source}{renamed}.weight"]
+    yield _FINAL_NORM, state[_M_FINAL_NORM]
+    if not config.tie_word_embeddings:
+        yield _HEAD, state[_M_HEAD]
+
+
+def _unchanged(config: ModelConfig) -> dict[str, str]:
+    return _SAME | _SAME_QK if config.qk_norm else _SAME
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    index = model_dir / _INDEX
+    if not index.is_file():
+        return [model_dir / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not a safetensors index ({error!r}): download the model again") from error
+    if any(Path(name).name != name for name in names):
+        raise ModelError(f"{index} names files outside its folder: download the model again")
+    return [model_dir / name for name in names]
+
+
+def _drop_tied_head(tensors: dict[str, torch.Tensor], model_dir: str | Path) -> None:
+    """Some checkpoints of tied models repeat the embedding as the head; that is fine if it is the same."""
+    head = tensors.pop(_HEAD)
+    embedding = tensors.get(_EMBEDDING)
+    if embedding is not None and not torch.equal(head, embedding):
+        raise ModelError(
+            f"{model_dir}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}; "
+            "set tie_word_embeddings to false or remove the head"
+        )

@@ -1,0 +1,264 @@
+"""`MegatronPolicy`: one model in Megatron-Core that scores packed batches and trains on them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+from zerokl.alignment.megatron import checkpoint, distributed
+from zerokl.alignment.megatron.convert import check_tensors, hf_to_megatron, megatron_to_hf, read_hf_weights
+from zerokl.alignment.megatron.core import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    __version__,
+    clip_grad_by_total_norm_fp32,
+    finalize_model_grads,
+)
+from zerokl.alignment.megatron.model_config import ModelConfig
+from zerokl.alignment.megatron.optimizer import OptimizerSettings, build_optimizer
+from zerokl.alignment.megatron.spec import build_model, build_stock_model
+from zerokl.alignment.megatron.stock import StockModel
+from zerokl.alignment.types import PackedBatch
+
+LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
+
+# What an exported folder takes over from the source folder, besides the weights.
+_MODEL_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: the summed loss, the gradient norm before clipping, and per microbatch the log-probabilities
+    (fp32 [n], detached) that this very forward computed, before the update."""
+
+    loss: float
+    grad_norm: float
+    logprobs: list[torch.Tensor]
+
+
+class MegatronPolicy:
+    """A Hugging Face model in Megatron-Core.
+
+    ``optimizer`` None gives a policy that scores only. ``stock`` runs Megatron's own layers instead of
+    `zerokl.kernels`, for control measurements. ``recompute`` trades time for activation memory, with the same bits.
+    Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        optimizer: OptimizerSettings | None = None,
+        stock: bool = False,
+        recompute: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model_dir = Path(model_dir)
+        self.config = ModelConfig.load(model_dir)
+        self.settings = optimizer
+        self.step = 0
+        self.stock = stock
+        weights = read_hf_weights(model_dir, self.config)
+        distributed.initialise()
+        if stock:
+            self.model = build_stock_model(self.config, recompute=recompute)
+        else:
+            self.model = build_model(self.config, recompute=recompute)
+        self._parameters = dict(self.model.named_parameters())
+        _copy_into(self._parameters, hf_to_megatron(self.config, weights))
+        self._scorer: torch.nn.Module = StockModel(self.model) if stock else self.model
+        self._ddp: Any = None
+        self._optimizer: Any = None
+        if optimizer is not None:
+            # ours add weight gradients to main_grad themselves, so the tied embedding needs no zeroed dummy gradient
+            if not stock:
+                self.model.embedding.word_embeddings.weight.zero_out_wgrad = False
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            self._ddp = DistributedDataParallel(self.model.config, ddp_config, self._scorer)
+            self._optimizer = build_optimizer(optimizer, self._ddp)
+
+    # -- scoring and training -------------------------------------------------------------------------------------
+
+    def logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """fp32 [n]: the log-probability of every target, by the training forward, with gradients on."""
+        self._check(batch)
+        return self._scorer(batch)
+
+    def train_step(self, microbatches: Sequence[PackedBatch], loss_fn: LossFunction) -> StepResult:
+        """One optimizer step on the sum of ``loss_fn(logprobs, index)`` over the microbatches.
+
+        Raises FloatingPointError, with all weights as before, if a loss or the gradient norm is NaN or infinite.
+        """
+        optimizer, ddp = self._trained(), self._ddp
+        if not microbatches:
+            raise ValueError("train_step got no microbatches: there is nothing to train on")
+        for batch in microbatches:
+            self._check(batch)
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        total, scored = 0.0, []
+        for index, batch in enumerate(microbatches):
+            logprobs = ddp(batch)
+            loss = loss_fn(logprobs, index)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss of microbatch {index} is {value}; weights are unchanged. Drop the sample that causes it"
+                )
+            loss.backward()
+            total += value
+            scored.append(logprobs.detach())
+        finalize_model_grads([ddp])
+        grad_norm = self._update(optimizer)
+        self.step += 1
+        return StepResult(total, grad_norm, scored)
+
+    def _update(self, optimizer: Any) -> float:
+        """Megatron's optimizer step, stopped before the update if the gradient norm is not finite."""
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm}; weights are unchanged. Lower the learning rate or drop the sample"
+            )
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._settings().clip_grad, norm)
+        optimizer.step_with_ready_grads()
+        return norm
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """The rate of the following steps (schedules belong to the caller)."""
+        for group in self._trained().param_groups:
+            group["lr"] = learning_rate
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, bf16 tensor) pairs; views where the layout allows, valid until the next step."""
+        return megatron_to_hf(self.config, {name: p.detach() for name, p in self._parameters.items()})
+
+    def weights_digest(self) -> dict[str, str]:
+        """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal."""
+        return {name: _digest(tensor) for name, tensor in self.named_weights()}
+
+    def export_hf(self, target: str | Path) -> None:
+        """Write a Hugging Face model folder: current weights, and config and tokenizer files of the source model."""
+        with checkpoint.atomic_folder(target) as folder:
+            for path in self.model_dir.iterdir():
+                if path.name in _MODEL_FILES:
+                    shutil.copyfile(path, folder / path.name)
+            weights = {name: tensor.contiguous() for name, tensor in self.named_weights()}
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self, target: str | Path) -> None:
+        """Write everything that the next step depends on; a run that loads it continues bit for bit."""
+        state = self._optimizer_state()
+        metadata = {"step": self.step, "model": asdict(self.config), "optimizer": asdict(self._settings())}
+        model = {name: p.detach() for name, p in self._parameters.items()}
+        checkpoint.save(target, {"model": model, "optimizer": state}, metadata)
+
+    def load(self, source: str | Path) -> None:
+        """Continue from `save`. Raises CheckpointError for a torn checkpoint or one of another model; then nothing
+        has changed. Learning rate and the other settings stay as this policy was built."""
+        state = self._optimizer_state()
+        files, metadata = checkpoint.load(source)
+        if metadata["model"] != asdict(self.config):
+            raise checkpoint.CheckpointError(
+                f"{source} holds another model ({metadata['model']}): start from the model it was made with"
+            )
+        targets = {"model": self._parameters, "optimizer": state}
+        for stem, tensors in targets.items():
+            dtype = torch.bfloat16 if stem == "model" else torch.float32
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            check_tensors(files.get(stem, {}), shapes, dtype, f"{source}/{stem}.safetensors")
+        for stem, tensors in targets.items():
+            _copy_into(tensors, files[stem])
+        self.step = int(metadata["step"])
+        for group in self._trained().param_groups:
+            group["step"] = self.step
+
+    def _optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The live fp32 tensors: main parameters and both moments (made zero if no step has been taken)."""
+        moments = self._trained().optimizer.state
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            main = parameter.main_param
+            if not moments[main]:
+                moments[main] = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+            state[f"main.{name}"] = main.detach()
+            state |= {f"{key}.{name}": tensor for key, tensor in moments[main].items()}
+        return state
+
+    # -- the rest -------------------------------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """What ran: engine, version, layer implementation, model, threads."""
+        return {
+            "engine": "megatron-core",
+            "version": __version__,
+            "layers": "stock" if self.stock else "zerokl.kernels",
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "model": asdict(self.config),
+            "parallel": {"tensor": 1, "pipeline": 1, "context": 1, "data": 1},
+            "row_parallel_segments": 1,
+        }
+
+    def _trained(self) -> Any:
+        if self._optimizer is None:
+            raise RuntimeError("this policy only scores: build it with optimizer=OptimizerSettings(...) to train")
+        return self._optimizer
+
+    def _settings(self) -> OptimizerSettings:
+        self._trained()
+        assert self.settings is not None
+        return self.settings
+
+    def _check(self, batch: PackedBatch) -> None:
+        """Refuse what no kernel would notice: nothing to score, or a sequence beyond the rotary table."""
+        if batch.rows.numel() == 0:
+            raise ValueError("the batch has no scored rows: every sequence needs at least one generated token")
+        longest = int(batch.cu_seqlens.diff().max())
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {longest} tokens exceeds the model's {self.config.max_position_embeddings}: "
+                "shorten the prompt or max_new_tokens"
+            )
+
+
+def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
+    """Copy every tensor by name; the two must hold the same names."""
+    if targets.keys() != sources.keys():
+        raise RuntimeError(f"parameter names differ: {sorted(targets.keys() ^ sources.keys())[:8]}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(sources[name])
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_128(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,134 @@
+"""The layer specification: which module stands where in a Megatron GPTModel, and the model built from it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from zerokl import kernels
+from zerokl.alignment.megatron.core import (
+    MLP,
+    AttnMaskType,
+    GPTModel,
+    MLPSubmodules,
+    ModuleSpec,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_gpt_layer_local_spec,
+)
+from zerokl.alignment.megatron.model_config import ModelConfig
+from zerokl.alignment.megatron.modules import (
+    ColumnLinear,
+    CoreAttention,
+    RMSNorm,
+    RowLinear,
+    ScoringModel,
+    SwiGLU,
+    residual_add,
+)
+
+
+def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bool = False) -> TransformerConfig:
+    """Megatron's configuration for a dense bf16 model on one rank."""
+    options: dict[str, Any] = {}
+    if recompute:
+        options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.intermediate_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.rms_norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # the slot Megatron keeps for Transformer Engine's activation takes our own
+        use_te_activation_func=not stock,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        use_cpu_initialization=True,
+        # every weight is loaded; one that is not would poison all results instead of passing for a random one
+        init_method=_fill_with_nan,
+        output_layer_init_method=_fill_with_nan,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **options,
+    )
+
+
+def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
+    return weight.fill_(float("nan"))
+
+
+def layer_spec(model: ModelConfig, rotary_table: torch.Tensor) -> ModuleSpec:
+    """One decoder layer on `zerokl.kernels`."""
+    head_norm = RMSNorm if model.qk_norm else None
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnLinear,
+        core_attention=partial(CoreAttention, rotary_table=rotary_table),
+        linear_proj=RowLinear,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=RowLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=residual_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=residual_add,
+        ),
+    )
+
+
+def build_model(model: ModelConfig, *, recompute: bool = False) -> ScoringModel:
+    """A `ScoringModel` with unset (NaN) weights. Megatron's process groups must exist."""
+    table = kernels.rotary_table(model.max_position_embeddings, model.head_dim, model.rope_theta)
+    layers = [layer_spec(model, table)] * model.num_hidden_layers
+    return ScoringModel(
+        config=transformer_config(model, recompute=recompute),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+        position_embedding_type="none",
+        **_gpt_arguments(model),
+    )
+
+
+def build_stock_model(model: ModelConfig, *, recompute: bool = False) -> GPTModel:
+    """Megatron's own local layers with its own arithmetic: the control measurement and speed baseline."""
+    gpt = GPTModel(
+        config=transformer_config(model, stock=True, recompute=recompute),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm),
+        position_embedding_type="rope",
+        rotary_base=model.rope_theta,
+        **_gpt_arguments(model),
+    )
+    return gpt.bfloat16()  # torch's RMSNorm ignores params_dtype; Megatron's own training does the same
+
+
+def _gpt_arguments(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": model.vocab_size,
+        "max_sequence_length": model.max_position_embeddings,
+        "share_embeddings_and_output_weights": model.tie_word_embeddings,
+    }
