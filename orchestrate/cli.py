@@ -1,1 +1,162 @@
-def main() -> None: ...
+"""The command line. Exit codes: 0 fine, 1 a check or run failed, 2 bad input, 130 stopped by Ctrl-C.
+
+Only this module turns errors into exit codes. Everything heavy is imported inside the commands, to keep `--help` quick.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from zerokl.orchestrate.errors import RunError, UserError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Bit-exact RL post-training: rollout and training agree on every log-probability, bit for bit.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+model_app = typer.Typer(help="Fetch or make models.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+
+class Control(enum.StrEnum):
+    stock = "stock"
+
+
+class Fault(enum.StrEnum):
+    ulp = "ulp"
+    nan = "nan"
+    weight_bit = "weight-bit"
+
+
+class Family(enum.StrEnum):
+    llama = "llama"
+    qwen3 = "qwen3"
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="A known name (smollm2-135m) or a Hugging Face model folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines: prompt (text or messages) or input_ids.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample for each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 samples greedily.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides every sampled token.")] = 0,
+    control: Annotated[Control | None, typer.Option(help="Run the engines' own kernels instead.")] = None,
+    inject: Annotated[Fault | None, typer.Option(help="Plant one fault, which must be found.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+) -> None:
+    """Sample with SGLang, score with Megatron-Core, compare every log-probability as bits."""
+    from zerokl.orchestrate import verify as command
+
+    settings = command.Settings(
+        model=model,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stock=control is not None,
+        inject=inject.value if inject else None,
+    )
+    result = command.run(settings, say=_say)
+    if json is not None:
+        command.write_json(json, result)
+    for line in command.lines(result):
+        typer.echo(line)
+    raise typer.Exit(0 if result["equal"] else FAILED)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe, e.g. recipes/demo.toml.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace one value: table.key=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe.")] = False,
+) -> None:
+    """Train with GRPO: SGLang samples, Megatron-Core trains, Ray holds them together."""
+    from zerokl.orchestrate.preflight import prepare
+
+    from zerokl.orchestrate.config import load
+
+    config = load(recipe, set_ or [])
+    prepared = prepare(config, recipe.resolve().parent)
+    if dry_run:
+        from zerokl.orchestrate.run_folder import to_toml
+
+        typer.echo(to_toml(prepared.config), nl=False)
+        return
+    from zerokl.orchestrate.loop import train as run
+
+    raise typer.Exit(0 if run(prepared, resume=resume) else INTERRUPTED)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Make report.html and report.png again from what a run recorded."""
+    from zerokl.orchestrate import report as command
+
+    for path in command.write(run_dir):
+        typer.echo(path)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this machine has, what is missing, and the command that fixes it."""
+    from zerokl.orchestrate import doctor as command
+
+    facts, problems = command.examine()
+    typer.echo(command.to_json(facts) if json else "\n".join(command.lines(facts, problems)))
+    raise typer.Exit(0 if facts["runnable"] else FAILED)
+
+
+@model_app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(help="A known name: smollm2-135m.")],
+    out: Annotated[Path | None, typer.Option(help="Where to put it; default: the model cache.")] = None,
+) -> None:
+    """Make a known model's folder (a second run verifies it)."""
+    from zerokl.orchestrate import models
+
+    typer.echo(models.fetch(name, out))
+
+
+@model_app.command("tiny")
+def tiny(
+    family: Annotated[Family, typer.Argument(help="The architecture.")],
+    out: Annotated[Path, typer.Option(help="Where to put it.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+) -> None:
+    """Make a tiny random model, for tests and first steps."""
+    from zerokl.orchestrate import models
+
+    typer.echo(models.tiny(family.value, out, seed=seed))
+
+
+def main() -> NoReturn:
+    """The `zerokl` command."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _fail(error, USAGE)
+    except RunError as error:
+        _fail(error, FAILED)
+    except KeyboardInterrupt:
+        _fail("stopped", INTERRUPTED)
+    sys.exit(0)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    typer.echo(f"zerokl: {error}", err=True)
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -7,15 +7,15 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import zerokl
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.orchestrate.errors import UserError
 from zerokl.orchestrate.files import new_folder, write_json
 
 Family = Literal["llama", "qwen3"]
 NAMES = ("smollm2-135m",)
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 
 _RECORD = "zerokl_model.json"  # what a folder made by this module holds: the model's name and its weights' SHA-256
 
@@ -77,29 +77,14 @@ def tiny(family: Family, out: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def check(folder: Path) -> dict[str, Any]:
-    """Raise UserError unless `folder` holds a whole model of a supported architecture; returns its config.json."""
-    config = read_config(folder)
+def check(folder: Path) -> ModelConfig:
+    """Raise UserError unless `folder` holds a whole model of a supported architecture; returns its configuration."""
+    try:
+        config = ModelConfig.load(folder)
+    except ModelError as error:
+        raise UserError(str(error)) from error
     for name in _weight_files(folder):
         _check_safetensors(folder / name)
-    return config
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a supported architecture."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json", "give a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}", "copy the model again") from error
-    names = config.get("architectures") or [] if isinstance(config, dict) else []
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise UserError(
-            f"{path}: architecture {', '.join(map(str, names)) or '(none named)'} is not supported",
-            f"supported: {', '.join(ARCHITECTURES)}",
-        )
     return config
 
 

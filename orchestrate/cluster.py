@@ -1,0 +1,78 @@
+"""A private Ray on the loopback interface, and waiting for its actors: never without a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from zerokl.orchestrate.errors import RunError, UserError
+
+_POLL_S = 0.25
+_OBJECT_STORE_BYTES = 128 << 20  # samples and log-probabilities only; weights go through weightsync
+
+Waiting = Callable[[str, float], None]
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[None]:
+    """Ray for the length of the block: 127.0.0.1 only, a token of its own, no dashboard, no usage report.
+
+    `folder` (the run's) becomes the directory that Ray puts on its workers' import path in place of the current one:
+    a checkout there would expose its folders as top-level modules.
+    """
+    # Ray reads these from the environment only, and hands them to its own processes
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    import ray
+
+    # socket paths below it must stay under 108 bytes, so not in the run folder
+    scratch = tempfile.mkdtemp(prefix="zerokl-ray-")
+    try:
+        with contextlib.chdir(folder):
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 1),
+                num_gpus=0 if not os.environ.get("CUDA_VISIBLE_DEVICES") else None,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=scratch,
+            )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def wait(reference: Any, what: str, *, timeout_s: float, waiting: Waiting, logs: Path) -> Any:
+    """The value of a Ray reference. `waiting(what, seconds)` is called while it is not there.
+
+    Raises RunError naming `what` when the deadline passes, the actor dies or the call raises; a UserError raised by
+    the call passes through.
+    """
+    import ray
+
+    started = time.monotonic()
+    while not ray.wait([reference], timeout=_POLL_S)[0]:
+        elapsed = time.monotonic() - started
+        waiting(what, elapsed)
+        if elapsed > timeout_s:
+            raise RunError(f"waited {timeout_s:g} s for {what}; see {logs}")
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise RunError(f"{what} failed: {type(cause).__name__}: {cause}; see {logs}") from error
+    except ray.exceptions.RayActorError as error:
+        raise RunError(f"the process died during {what}: {error}; see {logs}") from error

@@ -1,0 +1,136 @@
+"""The trainer actor: owns a `MegatronPolicy` in a Ray worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zerokl.orchestrate.logs import redirect_output
+from zerokl.orchestrate.samples import Sample, microbatches
+
+if TYPE_CHECKING:
+    import torch
+
+    from zerokl.orchestrate.config import AlgorithmTable, TrainTable
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """One optimizer step: loss, gradient norm before clipping, and the log-probabilities (fp32 [n]) of every sample."""
+
+    loss: float
+    grad_norm: float
+    logprobs: list[np.ndarray]
+
+
+class Trainer:
+    """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
+
+    def __init__(self, model: Path, train: TrainTable | None, log: Path, *, stock: bool = False) -> None:
+        """`train` None: scoring only. `stock`: Megatron's own layers, for the control."""
+        redirect_output(log)
+        from zerokl.alignment.megatron.policy import MegatronPolicy
+
+        self.policy = MegatronPolicy(
+            model,
+            optimizer=_optimizer(train) if train else None,
+            stock=stock,
+            recompute=train.recompute if train else False,
+            threads=train.threads if train else None,
+        )
+        self.train = train
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """(manifest, weights digest)."""
+        return self.policy.manifest(), self.policy.weights_digest()
+
+    def step(self, samples: Sequence[Sample], algorithm: AlgorithmTable, learning_rate: float) -> TrainReport:
+        """One optimizer step on the samples; their log-probabilities are those of this very forward."""
+        import torch
+
+        from zerokl.alignment.types import PackedBatch
+        from zerokl.orchestrate.algorithms import grpo
+
+        assert self.train is not None
+        batches = microbatches(samples, self.train.microbatch_tokens)
+        packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch])) for batch in batches]
+        old = [_concatenated([samples[i].generation.logprobs for i in batch]) for batch in batches]
+        advantage = [_concatenated([_spread(samples[i]) for i in batch]) for batch in batches]
+        total = sum(len(values) for values in old)
+
+        def loss(logprobs: torch.Tensor, index: int) -> torch.Tensor:
+            return grpo.loss(
+                logprobs,
+                torch.from_numpy(old[index]),
+                torch.from_numpy(advantage[index]),
+                total_tokens=total,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+            )
+
+        self.policy.set_learning_rate(learning_rate)
+        result = self.policy.train_step(packed, loss)
+        scored = [
+            part for batch, lp in zip(batches, result.logprobs, strict=True) for part in _split(samples, batch, lp)
+        ]
+        return TrainReport(result.loss, result.grad_norm, scored)
+
+    def score(self, samples: Sequence[Sample], limit: int) -> list[np.ndarray]:
+        """Log-probabilities of every sample by the training forward (gradients on), without an update."""
+        from zerokl.alignment.types import PackedBatch
+
+        scored: list[np.ndarray] = []
+        for batch in microbatches(samples, limit):
+            packed = PackedBatch.pack(*_pairs([samples[i] for i in batch]))
+            scored += _split(samples, batch, self.policy.logprobs(packed).detach())
+        return scored
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write a policy checkpoint; returns the digest of the weights in it."""
+        self.policy.save(folder)
+        return self.policy.weights_digest()
+
+    def load(self, folder: Path) -> dict[str, str]:
+        """Continue from a policy checkpoint; returns the digest of the weights now held."""
+        self.policy.load(folder)
+        return self.policy.weights_digest()
+
+    def export(self, folder: Path) -> None:
+        """Write the current weights as a Hugging Face folder."""
+        self.policy.export_hf(folder)
+
+
+def _optimizer(train: TrainTable) -> Any:
+    from zerokl.alignment.megatron.optimizer import OptimizerSettings
+
+    return OptimizerSettings(
+        learning_rate=train.learning_rate,
+        beta1=train.betas[0],
+        beta2=train.betas[1],
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        clip_grad=train.max_grad_norm,
+    )
+
+
+def _pairs(samples: Sequence[Sample]) -> tuple[list[Any], list[Any]]:
+    return [s.request for s in samples], [s.generation for s in samples]
+
+
+def _spread(sample: Sample) -> np.ndarray:
+    """The sample's advantage on every one of its tokens."""
+    return np.full(len(sample.generation.output_ids), sample.advantage, np.float32)
+
+
+def _concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _split(samples: Sequence[Sample], batch: Sequence[int], logprobs: torch.Tensor) -> list[np.ndarray]:
+    """Packed fp32 [n] log-probabilities back to one array per sample."""
+    counts = [len(samples[i].generation.output_ids) for i in batch]
+    return np.split(logprobs.numpy(), np.cumsum(counts)[:-1])
