@@ -86,7 +86,7 @@ def rewrite(source: str | bytes, path: str) -> ast.Module:
 def _after_header(tree: ast.Module) -> int:
     """Where the first import may go: behind the docstring and ``from __future__``."""
     for index, node in enumerate(tree.body):
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        docstring = index == 0 and ast.get_docstring(tree) is not None
         future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
         if not (docstring or future):
             return index

@@ -29,7 +29,7 @@ from zerokl.alignment.types import PackedBatch
 class PackedPositions(PackedSeqParams):
     """Megatron's packed-sequence description, with each token's position in its own sequence (int64 [T])."""
 
-    positions: torch.Tensor | None = None
+    positions: torch.Tensor = None  # type: ignore[assignment]  # as Megatron declares its own fields
 
     @staticmethod
     def of(batch: PackedBatch) -> PackedPositions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,13 @@ def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bo
     options: dict[str, Any] = {}
     if recompute:
         options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")  # about a default that nobody set
+        return TransformerConfig(**_transformer_options(model, stock), **options)
+
+
+def _transformer_options(model: ModelConfig, stock: bool) -> dict[str, Any]:
+    return dict(  # noqa: C408  (keywords, as in Megatron's own signature)
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.intermediate_size,
@@ -68,7 +75,6 @@ def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bo
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **options,
     )
 
 

@@ -1,0 +1,78 @@
+"""Tiny models and random packed batches for the Megatron tests."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.08,
+    "dtype": "bfloat16",
+}
+
+
+def _make(config_class: str, folder: Path, **options) -> Path:
+    import transformers
+
+    config = getattr(transformers, config_class)(**SHAPE, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones would hide a norm that forgets its weight
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    """Random models: Llama untied; Qwen3 tied and untied, with heads wider than hidden_size / heads."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llama": _make("LlamaConfig", root / "llama", head_dim=32, tie_word_embeddings=False, rope_theta=1e5),
+        "qwen3-tied": _make("Qwen3Config", root / "qwen3-tied", head_dim=64, tie_word_embeddings=True),
+        "qwen3": _make("Qwen3Config", root / "qwen3", head_dim=64, tie_word_embeddings=False),
+    }
+
+
+Pair = tuple[Request, Generation]
+
+
+@pytest.fixture(scope="session")
+def make_pairs():
+    """make_pairs([(prompt length, response length), ...]): random requests with their answers."""
+
+    def make(lengths: list[tuple[int, int]], *, temperature: float = 1.0, seed: int = 0) -> list[Pair]:
+        rng = np.random.default_rng(seed)
+        pairs = []
+        for prompt, response in lengths:
+            ids = rng.integers(0, SHAPE["vocab_size"], prompt + response).tolist()
+            zeros = np.zeros(response, np.float32)
+            request = Request(tuple(ids[:prompt]), SamplingParams(temperature=temperature))
+            pairs.append((request, Generation(tuple(ids[prompt:]), zeros, zeros, "length", "0")))
+        return pairs
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """Pack (request, generation) pairs in the order given."""
+
+    def packed(pairs: list[Pair]) -> PackedBatch:
+        requests, generations = zip(*pairs, strict=True)
+        return PackedBatch.pack(requests, generations)
+
+    return packed
