@@ -1,0 +1,100 @@
+"""Every number that decides bits, defined once (see CONTRACT.md). The C++ build reads this file through `header()`.
+
+Importing this module needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+
+CONTRACT_VERSION = 1
+
+REDUCTION_LANES = 128
+"""R3: lane j of a row reduction takes elements j, j + 128, ..."""
+
+ATTENTION_BLOCK = 64
+"""R5: keys per online-softmax block, at absolute positions."""
+
+ATTENTION_SEGMENT = 1024
+"""R5: keys per segment; segments are merged in ascending order."""
+
+VOCAB_SEGMENTS = 8
+"""R6: segments of the vocabulary, each ceil(V / 8) columns wide."""
+
+# R4. Minimax fits (Remez, relative error below 2^-25 before rounding), rounded to fp32, lowest degree first.
+# exp2(f) = 1 + f * P(f) for f in [-0.5, 0.5]
+EXP2_POLY = (
+    "0x1.62e4300000000p-1",
+    "0x1.ebfbdc0000000p-3",
+    "0x1.c6aee80000000p-5",
+    "0x1.3b2d4c0000000p-7",
+    "0x1.5f3e540000000p-10",
+    "0x1.41fbbc0000000p-13",
+)
+# log2(1 + t) = t * Q(t) for t in [sqrt(1/2) - 1, sqrt(2) - 1]
+LOG2_POLY = (
+    "0x1.7154760000000p+0",
+    "-0x1.7154700000000p-1",
+    "0x1.ec70960000000p-2",
+    "-0x1.715a760000000p-2",
+    "0x1.277e360000000p-2",
+    "-0x1.eabc860000000p-3",
+    "0x1.a305a60000000p-3",
+    "-0x1.874bee0000000p-3",
+    "0x1.7d49500000000p-3",
+    "-0x1.c25a620000000p-4",
+)
+LOG2E = "0x1.715476p+0"
+LN2 = "0x1.62e430p-1"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The arithmetic one class of hardware runs. Results of different profiles are never mixed in one run."""
+
+    name: str
+    linear: str
+    attention_exp2: str
+
+
+CPU_FMA = Profile(name="cpu-fma", linear="chain of fma over ascending k, fp32", attention_exp2="polynomial")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run computed with: contract version, profile, and every op with its backend and configuration."""
+
+    contract: int
+    profile: str
+    ops: dict[str, dict[str, object]]
+    machine: str = field(default_factory=platform.machine)
+
+    def to_dict(self) -> dict[str, object]:
+        """The manifest as plain JSON-able data."""
+        return asdict(self)
+
+
+def header() -> str:
+    """The same numbers as a C++ header."""
+    poly = "\n".join(
+        f"inline constexpr float {name}[] = {{{', '.join(c + 'f' for c in coefficients)}}};"
+        for name, coefficients in (("kExp2Poly", EXP2_POLY), ("kLog2Poly", LOG2_POLY))
+    )
+    return f"""// Written by kernels/contract.py at build time.
+#pragma once
+namespace zerokl {{
+inline constexpr int kContractVersion = {CONTRACT_VERSION};
+inline constexpr int kLanes = {REDUCTION_LANES};
+inline constexpr int kAttentionBlock = {ATTENTION_BLOCK};
+inline constexpr int kAttentionSegment = {ATTENTION_SEGMENT};
+inline constexpr int kVocabSegments = {VOCAB_SEGMENTS};
+inline constexpr float kLog2e = {LOG2E}f;
+inline constexpr float kLn2 = {LN2}f;
+{poly}
+}}  // namespace zerokl
+"""
+
+
+if __name__ == "__main__":
+    print(header(), end="")

@@ -1,0 +1,68 @@
+// Every kernel, declared once per instruction set. Pointers are to contiguous, row-major data; bf16 travels as uint16.
+#pragma once
+
+#include <stdint.h>
+
+namespace zerokl {
+
+struct AttentionShape {
+  int64_t heads, kv_heads, dim;
+  float scale;    // multiplies q.k, fp32
+  bool causal;
+  int64_t window;  // keys a query may look back to, itself included; 0 = all
+};
+
+// Where the keys of sequence b lie: position p is row table[b * max_pages + p / page] * page + p % page of the cache.
+struct PageTable {
+  const int32_t* table;
+  int64_t max_pages, page;
+};
+
+}  // namespace zerokl
+
+#define ZEROKL_DECLARE(ISA)                                                                                                     \
+  namespace zerokl::ISA {                                                                                                       \
+  void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, const float* bias, void* y, bool y_bf16,   \
+              int segments);                                                                                                    \
+  void linear_dx(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, const uint16_t* w, void* dx, bool dx_bf16,      \
+                 bool add);                                                                                                     \
+  void linear_dw(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, int64_t dy_row, const uint16_t* x, float* dw);  \
+  void bias_grad(int64_t m, int64_t n, const uint16_t* dy, float* db);                                                          \
+  void embedding(int64_t tokens, int64_t h, const int64_t* ids, const uint16_t* w, uint16_t* y);                                \
+  void embedding_dw(int64_t tokens, int64_t h, const int64_t* ids, const uint16_t* dy, float* dw);                              \
+  void rms_norm(int64_t rows, int64_t n, const uint16_t* x, const uint16_t* residual, const uint16_t* w, float eps, uint16_t* y, \
+                uint16_t* sum);                                                                                                 \
+  void rms_norm_backward(int64_t rows, int64_t n, const uint16_t* x, const uint16_t* w, float eps, const uint16_t* dy,          \
+                         const uint16_t* dsum, uint16_t* dx, float* dw);                                                        \
+  void rotary(int64_t tokens, int64_t heads, int64_t dim, int64_t rotary_dim, const uint16_t* x, int64_t x_row,                 \
+              int64_t x_head, const int64_t* positions, const float* table, bool inverse, uint16_t* y);                                        \
+  void silu_and_mul(int64_t rows, int64_t n, const uint16_t* x, uint16_t* y);                                                   \
+  void silu_and_mul_backward(int64_t rows, int64_t n, const uint16_t* x, const uint16_t* dy, uint16_t* dx);                     \
+  void attention_varlen(const AttentionShape& s, int64_t sequences, const int32_t* cu_seqlens, const uint16_t* q,               \
+                        const uint16_t* k, const uint16_t* v, uint16_t* out, float* lse);                                       \
+  void attention_paged(const AttentionShape& s, int64_t sequences, const PageTable& pages, const int32_t* seq_lens,             \
+                       const int32_t* q_lens, const uint16_t* q, const uint16_t* k_cache, const uint16_t* v_cache,              \
+                       uint16_t* out);                                                                                          \
+  void attention_backward(const AttentionShape& s, int64_t sequences, const int32_t* cu_seqlens, const uint16_t* q,             \
+                          const uint16_t* k, const uint16_t* v, const uint16_t* out, const float* lse, const uint16_t* dout,    \
+                          uint16_t* dq, uint16_t* dk, uint16_t* dv);                                                            \
+  void row_scale(int64_t vocab, const float* z, float temperature, float* out);                                                  \
+  void row_sum(int64_t vocab, const float* z, float* maximum, float* sum, float* moment);                                       \
+  void merge_sums(int count, float* maximum, float* sum, float* moment);                                                        \
+  void row_weights(int64_t vocab, const float* z, float maximum, float* e);                                                     \
+  void row_keep(int64_t vocab, float* z, int64_t first, float cut, int64_t cut_index);                                          \
+  void row_grad(int64_t vocab, float* z, int64_t first, float maximum, float sum, int64_t target, float grad,                   \
+                float temperature, float cut, int64_t cut_index);                                                               \
+  float selected(float z, float maximum, float sum);                                                                            \
+  float entropy(float sum, float moment);                                                                                       \
+  int64_t argmax(int64_t vocab, const float* z);                                                                                \
+  int64_t gumbel_argmax(int64_t vocab, const float* z, int64_t seed, int64_t position);                                         \
+  void fp32_gemm(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, float* y);                              \
+  void log2_vector(int64_t n, const float* x, float* y);                                                                        \
+  void exp2_vector(int64_t n, const float* x, float* y);                                                                        \
+  }
+
+ZEROKL_DECLARE(scalar)
+ZEROKL_DECLARE(avx2)
+ZEROKL_DECLARE(avx512)
+#undef ZEROKL_DECLARE

@@ -1,0 +1,247 @@
+// The operators: schemas under zerokl::, CPU implementations. Outputs are allocated by the caller (kernels/ops), so the
+// schemas say what is written. Shapes are checked there too; here only what memory safety needs.
+#include <vector>
+
+#include "host.h"
+#include "logprob_host.h"
+
+namespace zerokl {
+
+void set_isa(int64_t wanted);
+int64_t best_isa();
+
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+void op_linear(const Tensor x, const Tensor w, const Optional bias, int64_t segments, const Tensor y) {
+  const int64_t n = w.size(0), k = w.size(1);
+  const int64_t m = k ? x.numel() / k : 0;
+  STD_TORCH_CHECK(segments >= 1 && (segments & (segments - 1)) == 0 && k % segments == 0, "zerokl::linear: segments must be a power of two that divides K");
+  STD_TORCH_CHECK(y.numel() == m * n, "zerokl::linear: y has the wrong size");
+  void* out = is_bf16(y) ? static_cast<void*>(data<uint16_t>(y)) : data<float>(y);
+  ZEROKL_CALL(linear, m, n, k, data<uint16_t>(x), data<uint16_t>(w), data<float>(bias), out, is_bf16(y), int(segments));
+}
+
+void op_linear_dx(const Tensor dy, const Tensor w, const Tensor dx) {
+  const int64_t n = w.size(0), k = w.size(1), m = dy.numel() / n;
+  STD_TORCH_CHECK(dx.numel() == m * k, "zerokl::linear_dx: dx has the wrong size");
+  const void* in = is_bf16(dy) ? static_cast<void*>(data<uint16_t>(dy)) : data<float>(dy);
+  ZEROKL_CALL(linear_dx, m, n, k, in, is_bf16(dy), data<uint16_t>(w), data<uint16_t>(dx), true, false);
+}
+
+void op_linear_dw(const Tensor dy, const Tensor x, const Tensor dw) {
+  const int64_t n = dw.size(0), k = dw.size(1), m = dy.numel() / n;
+  STD_TORCH_CHECK(x.numel() == m * k, "zerokl::linear_dw: x and dy disagree");
+  const void* in = is_bf16(dy) ? static_cast<void*>(data<uint16_t>(dy)) : data<float>(dy);
+  ZEROKL_CALL(linear_dw, m, n, k, in, is_bf16(dy), n, data<uint16_t>(x), data<float>(dw));
+}
+
+void op_bias_grad(const Tensor dy, const Tensor db) {
+  const int64_t n = db.numel();
+  ZEROKL_CALL(bias_grad, dy.numel() / n, n, data<uint16_t>(dy), data<float>(db));
+}
+
+void check_ids(const Tensor& ids, int64_t rows) {
+  const int64_t* p = data<int64_t>(ids);
+  for (int64_t i = 0; i < ids.numel(); i++)
+    STD_TORCH_CHECK(p[i] >= 0 && p[i] < rows, "zerokl: index ", p[i], " at ", i, " lies outside [0, ", rows, ")");
+}
+
+void op_embedding(const Tensor ids, const Tensor w, const Tensor y) {
+  check_ids(ids, w.size(0));
+  ZEROKL_CALL(embedding, ids.numel(), w.size(1), data<int64_t>(ids), data<uint16_t>(w), data<uint16_t>(y));
+}
+
+void op_embedding_dw(const Tensor ids, const Tensor dy, const Tensor dw) {
+  check_ids(ids, dw.size(0));
+  ZEROKL_CALL(embedding_dw, ids.numel(), dw.size(1), data<int64_t>(ids), data<uint16_t>(dy), data<float>(dw));
+}
+
+void op_rms_norm(const Tensor x, const Optional residual, const Tensor w, double eps, const Tensor y, const Optional sum) {
+  const int64_t n = w.numel();
+  ZEROKL_CALL(rms_norm, x.numel() / n, n, data<uint16_t>(x), data<uint16_t>(residual), data<uint16_t>(w), float(eps), data<uint16_t>(y),
+              data<uint16_t>(sum));
+}
+
+void op_rms_norm_backward(const Tensor x, const Tensor w, double eps, const Tensor dy, const Optional dsum, const Tensor dx, const Optional dw) {
+  const int64_t n = w.numel();
+  ZEROKL_CALL(rms_norm_backward, x.numel() / n, n, data<uint16_t>(x), data<uint16_t>(w), float(eps), data<uint16_t>(dy),
+              data<uint16_t>(dsum), data<uint16_t>(dx), data<float>(dw));
+}
+
+void op_rotary(const Tensor x, const Tensor positions, const Tensor table, bool inverse, const Tensor y) {
+  STD_TORCH_CHECK(x.stride(2) == 1, "zerokl::rotary: the head dimension must be contiguous");
+  check_ids(positions, table.size(0));
+  ZEROKL_CALL(rotary, x.size(0), x.size(1), x.size(2), table.size(1), data<uint16_t>(x, true), x.stride(0), x.stride(1),
+              data<int64_t>(positions), data<float>(table), inverse, data<uint16_t>(y));
+}
+
+void op_silu_and_mul(const Tensor x, const Tensor y) {
+  const int64_t n = x.size(x.dim() - 1) / 2;
+  ZEROKL_CALL(silu_and_mul, y.numel() / n, n, data<uint16_t>(x), data<uint16_t>(y));
+}
+
+void op_silu_and_mul_backward(const Tensor x, const Tensor dy, const Tensor dx) {
+  const int64_t n = x.size(x.dim() - 1) / 2;
+  ZEROKL_CALL(silu_and_mul_backward, dy.numel() / n, n, data<uint16_t>(x), data<uint16_t>(dy), data<uint16_t>(dx));
+}
+
+AttentionShape shape_of(const Tensor& q, int64_t kv_heads, double scale, bool causal, int64_t window) {
+  return {q.size(1), kv_heads, q.size(2), float(scale), causal, window};
+}
+
+void op_attention_varlen(const Tensor q, const Tensor k, const Tensor v, const Tensor cu_seqlens, double scale, bool causal, int64_t window,
+                         const Tensor out, const Tensor lse) {
+  ZEROKL_CALL(attention_varlen, shape_of(q, k.size(1), scale, causal, window), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
+              data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out), data<float>(lse));
+}
+
+void op_attention_backward(const Tensor q, const Tensor k, const Tensor v, const Tensor cu_seqlens, double scale, bool causal, int64_t window,
+                           const Tensor out, const Tensor lse, const Tensor dout, const Tensor dq, const Tensor dk, const Tensor dv) {
+  ZEROKL_CALL(attention_backward, shape_of(q, k.size(1), scale, causal, window), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
+              data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out), data<float>(lse), data<uint16_t>(dout),
+              data<uint16_t>(dq), data<uint16_t>(dk), data<uint16_t>(dv));
+}
+
+void op_attention_paged(const Tensor q, const Tensor k_cache, const Tensor v_cache, const Tensor page_table, const Tensor seq_lens,
+                        const Tensor q_lens, double scale, int64_t window, const Tensor out) {
+  const PageTable pages{data<int32_t>(page_table), page_table.size(1), k_cache.size(1)};
+  const int32_t *lens = data<int32_t>(seq_lens), *queries = data<int32_t>(q_lens);
+  int64_t total = 0;
+  for (int64_t b = 0; b < seq_lens.numel(); b++) {
+    STD_TORCH_CHECK(queries[b] >= 0 && lens[b] >= queries[b], "zerokl::attention_paged: sequence ", b, " has more queries than keys");
+    const int64_t used = (lens[b] + pages.page - 1) / pages.page;
+    STD_TORCH_CHECK(used <= pages.max_pages, "zerokl::attention_paged: sequence ", b, " is longer than its page table");
+    for (int64_t i = 0; i < used; i++) {
+      const int32_t page = pages.table[b * pages.max_pages + i];
+      STD_TORCH_CHECK(page >= 0 && page < k_cache.size(0), "zerokl::attention_paged: sequence ", b, " names page ", page, " of ", k_cache.size(0));
+    }
+    total += queries[b];
+  }
+  STD_TORCH_CHECK(total == q.size(0), "zerokl::attention_paged: q_lens add up to ", total, ", q has ", q.size(0), " rows");
+  ZEROKL_CALL(attention_paged, shape_of(q, k_cache.size(2), scale, true, window), seq_lens.numel(), pages, lens, queries, data<uint16_t>(q),
+              data<uint16_t>(k_cache), data<uint16_t>(v_cache), data<uint16_t>(out));
+}
+
+Sampling sampling_of(const Tensor& temperature, const Tensor& top_p, const Tensor& top_k) {
+  return {data<float>(temperature), data<float>(top_p), data<int32_t>(top_k)};
+}
+
+// state [rows, 2] fp32 (maximum, sum), cut [rows] fp32, cut_index [rows]: what the backward needs.
+void write_scores(const std::vector<RowScore>& scores, const Tensor& logprob, const Optional& entropy, const Optional& state,
+                  const Optional& cut, const Optional& cut_index) {
+  float *lp = data<float>(logprob), *h = data<float>(entropy), *s = data<float>(state), *c = data<float>(cut);
+  int64_t* i = data<int64_t>(cut_index);
+  for (size_t r = 0; r < scores.size(); r++) {
+    lp[r] = scores[r].logprob;
+    if (h) h[r] = scores[r].entropy;
+    if (s) s[2 * r] = scores[r].maximum, s[2 * r + 1] = scores[r].sum;
+    if (c) c[r] = scores[r].cut.value;
+    if (i) i[r] = scores[r].cut.index;
+  }
+}
+
+Hidden hidden_of(const Tensor& x, const Tensor& w) { return {x.size(0), x.size(1), w.size(0), data<uint16_t>(x), data<uint16_t>(w)}; }
+
+void op_selected_logprob(const Tensor hidden, const Tensor w, const Tensor targets, const Tensor temperature, const Tensor top_p,
+                         const Tensor top_k, const Tensor logprob, const Optional entropy, const Tensor state, const Tensor cut,
+                         const Tensor cut_index) {
+  const Hidden h = hidden_of(hidden, w);
+  check_ids(targets, h.vocab);
+  std::vector<RowScore> scores(static_cast<size_t>(h.rows));
+  score(h, sampling_of(temperature, top_p, top_k), data<int64_t>(targets), entropy.has_value(), scores.data());
+  write_scores(scores, logprob, entropy, state, cut, cut_index);
+}
+
+void op_selected_logprob_backward(const Tensor hidden, const Tensor w, const Tensor targets, const Tensor temperature, const Tensor state,
+                                  const Tensor cut, const Tensor cut_index, const Tensor grad, const Optional dhidden, const Optional dw) {
+  const Hidden h = hidden_of(hidden, w);
+  std::vector<RowScore> scores(static_cast<size_t>(h.rows));
+  const float *s = data<float>(state), *c = data<float>(cut);
+  for (int64_t r = 0; r < h.rows; r++) scores[static_cast<size_t>(r)] = {0.0f, s[2 * r], s[2 * r + 1], 0.0f, {c[r], data<int64_t>(cut_index)[r]}};
+  score_backward(h, data<float>(temperature), data<int64_t>(targets), scores.data(), data<float>(grad), data<float>(dhidden), data<float>(dw));
+}
+
+void op_logprob_from_logits(const Tensor logits, const Tensor targets, const Tensor temperature, const Tensor top_p, const Tensor top_k,
+                            const Tensor logprob, const Optional entropy) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  check_ids(targets, vocab);
+  const Sampling p = sampling_of(temperature, top_p, top_k);
+  std::vector<RowScore> scores(static_cast<size_t>(rows));
+  const float* z = data<float>(logits);
+  const int64_t* target = data<int64_t>(targets);
+  parallel_for(rows, [&](int64_t r) {
+    float* scaled = static_cast<float*>(scratch(Slot::kRow, size_t(vocab) * sizeof(float)));
+    ZEROKL_CALL(row_scale, vocab, z + r * vocab, p.temperature[r], scaled);
+    score_row(vocab, scaled, find_cut(vocab, scaled, p.top_p[r], p.top_k[r]), target[r], entropy.has_value(), scores[static_cast<size_t>(r)]);
+  });
+  write_scores(scores, logprob, entropy, std::nullopt, std::nullopt, std::nullopt);
+}
+
+void op_sample(const Tensor logits, const Tensor temperature, const Tensor top_p, const Tensor top_k, const Tensor seed, const Tensor position,
+               const Tensor token, const Tensor logprob, const Tensor raw_logprob) {
+  sample_rows(logits.size(0), logits.size(1), data<float>(logits), sampling_of(temperature, top_p, top_k), data<int64_t>(seed),
+              data<int64_t>(position), data<int64_t>(token), data<float>(logprob), data<float>(raw_logprob));
+}
+
+void op_exp2(const Tensor x, const Tensor y) { ZEROKL_CALL(exp2_vector, x.numel(), data<float>(x), data<float>(y)); }
+void op_log2(const Tensor x, const Tensor y) { ZEROKL_CALL(log2_vector, x.numel(), data<float>(x), data<float>(y)); }
+
+int64_t op_set_isa(int64_t wanted) {
+  if (wanted >= 0) set_isa(wanted);
+  return best_isa();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(zerokl, m) {
+  m.def("linear(Tensor x, Tensor w, Tensor? bias, int segments, Tensor(a!) y) -> ()");
+  m.def("linear_dx(Tensor dy, Tensor w, Tensor(a!) dx) -> ()");
+  m.def("linear_dw(Tensor dy, Tensor x, Tensor(a!) dw) -> ()");
+  m.def("bias_grad(Tensor dy, Tensor(a!) db) -> ()");
+  m.def("embedding(Tensor ids, Tensor w, Tensor(a!) y) -> ()");
+  m.def("embedding_dw(Tensor ids, Tensor dy, Tensor(a!) dw) -> ()");
+  m.def("rms_norm(Tensor x, Tensor? residual, Tensor w, float eps, Tensor(a!) y, Tensor(b!)? sum) -> ()");
+  m.def("rms_norm_backward(Tensor x, Tensor w, float eps, Tensor dy, Tensor? dsum, Tensor(a!) dx, Tensor(b!)? dw) -> ()");
+  m.def("rotary(Tensor x, Tensor positions, Tensor table, bool inverse, Tensor(a!) y) -> ()");
+  m.def("silu_and_mul(Tensor x, Tensor(a!) y) -> ()");
+  m.def("silu_and_mul_backward(Tensor x, Tensor dy, Tensor(a!) dx) -> ()");
+  m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor out, Tensor lse, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor q_lens, float scale, int window, Tensor(a!) out) -> ()");
+  m.def("selected_logprob(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy, Tensor(c!) state, Tensor(d!) cut, Tensor(e!) cut_index) -> ()");
+  m.def("selected_logprob_backward(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor state, Tensor cut, Tensor cut_index, Tensor grad, Tensor(a!)? dhidden, Tensor(b!)? dw) -> ()");
+  m.def("logprob_from_logits(Tensor logits, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy) -> ()");
+  m.def("sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor top_k, Tensor seed, Tensor position, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) raw_logprob) -> ()");
+  m.def("exp2(Tensor x, Tensor(a!) y) -> ()");
+  m.def("log2(Tensor x, Tensor(a!) y) -> ()");
+  m.def("set_isa(int wanted) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zerokl, CPU, m) {
+  m.impl("linear", TORCH_BOX(&op_linear));
+  m.impl("linear_dx", TORCH_BOX(&op_linear_dx));
+  m.impl("linear_dw", TORCH_BOX(&op_linear_dw));
+  m.impl("bias_grad", TORCH_BOX(&op_bias_grad));
+  m.impl("embedding", TORCH_BOX(&op_embedding));
+  m.impl("embedding_dw", TORCH_BOX(&op_embedding_dw));
+  m.impl("rms_norm", TORCH_BOX(&op_rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&op_rms_norm_backward));
+  m.impl("rotary", TORCH_BOX(&op_rotary));
+  m.impl("silu_and_mul", TORCH_BOX(&op_silu_and_mul));
+  m.impl("silu_and_mul_backward", TORCH_BOX(&op_silu_and_mul_backward));
+  m.impl("attention_varlen", TORCH_BOX(&op_attention_varlen));
+  m.impl("attention_backward", TORCH_BOX(&op_attention_backward));
+  m.impl("attention_paged", TORCH_BOX(&op_attention_paged));
+  m.impl("selected_logprob", TORCH_BOX(&op_selected_logprob));
+  m.impl("selected_logprob_backward", TORCH_BOX(&op_selected_logprob_backward));
+  m.impl("logprob_from_logits", TORCH_BOX(&op_logprob_from_logits));
+  m.impl("sample", TORCH_BOX(&op_sample));
+  m.impl("exp2", TORCH_BOX(&op_exp2));
+  m.impl("log2", TORCH_BOX(&op_log2));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zerokl, CompositeExplicitAutograd, m) { m.impl("set_isa", TORCH_BOX(&op_set_isa)); }
+
+}  // namespace zerokl

@@ -1,0 +1,50 @@
+// Linear layers, forward and backward (R1, R2, R9), and the embedding.
+#include "gemm.h"
+#include "kernels.h"
+
+namespace zerokl::ZEROKL_ISA {
+
+void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, const float* bias, void* y, bool y_bf16, int segments) {
+  gemm(m, n, k, {x, true, k, 1}, {w, true, 1, k}, {y, y_bf16, n, bias, false}, segments);
+}
+
+// dx[m, k] = dy[m, n] w[n, k], chain over ascending n
+void linear_dx(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, const uint16_t* w, void* dx, bool dx_bf16, bool add) {
+  gemm(m, k, n, {dy, dy_bf16, n, 1}, {w, true, k, 1}, {dx, dx_bf16, k, nullptr, add});
+}
+
+// dw[n, k] += dy[m, n]^T x[m, k], the chain continuing from dw over ascending tokens m
+void linear_dw(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, int64_t dy_row, const uint16_t* x, float* dw) {
+  gemm(n, k, m, {dy, dy_bf16, 1, dy_row}, {x, true, k, 1}, {dw, false, k, nullptr, true});
+}
+
+// db[n] += sum over ascending tokens of dy[m, n]
+void bias_grad(int64_t m, int64_t n, const uint16_t* dy, float* db) {
+  parallel_for((n + W - 1) / W, [&](int64_t task) {
+    int64_t j = task * W;
+    int valid = n - j < W ? int(n - j) : W;
+    vf sum = load_n(db + j, valid, 0.0f);
+    for (int64_t i = 0; i < m; i++) sum = sum + load_bf16_n(dy + i * n + j, valid);
+    store_n(db + j, sum, valid);
+  });
+}
+
+void embedding(int64_t tokens, int64_t h, const int64_t* ids, const uint16_t* w, uint16_t* y) {
+  for (int64_t t = 0; t < tokens; t++) memcpy(y + t * h, w + ids[t] * h, size_t(h) * 2);
+}
+
+// dw[id] += dy[t] over ascending tokens; tasks own column blocks, so the order per element is the token order.
+void embedding_dw(int64_t tokens, int64_t h, const int64_t* ids, const uint16_t* dy, float* dw) {
+  constexpr int64_t kColumns = 128;
+  parallel_for((h + kColumns - 1) / kColumns, [&](int64_t task) {
+    int64_t end = (task + 1) * kColumns < h ? (task + 1) * kColumns : h;
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t j = task * kColumns; j < end; j += W) {
+        int valid = end - j < W ? int(end - j) : W;
+        float* p = dw + ids[t] * h + j;
+        store_n(p, load_n(p, valid, 0.0f) + load_bf16_n(dy + t * h + j, valid), valid);
+      }
+  });
+}
+
+}  // namespace zerokl::ZEROKL_ISA

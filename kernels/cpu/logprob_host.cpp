@@ -1,0 +1,170 @@
+// Selected log-probabilities over blocks of the vocabulary, their gradient, and sampling: row kernels put in order.
+// No [tokens, vocabulary] tensor is ever stored, only blocks of a few hundred rows.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "logprob_host.h"
+
+namespace zerokl {
+
+namespace {
+
+constexpr int64_t kRowBlock = 240;                    // rows that share one pass over a vocabulary segment
+constexpr int64_t kFullRowBytes = int64_t(16) << 20;  // top-p / top-k need whole rows: this much of them at a time
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+int64_t segment_width(int64_t vocab) { return (vocab + kVocabSegments - 1) / kVocabSegments; }
+
+// Buffers that live as long as a call.
+using Floats = std::vector<float>;
+
+RowSum sum_of(int64_t vocab, const float* z, bool moment) {
+  RowSum s;
+  const int64_t width = segment_width(vocab);
+  for (int64_t g = 0; g < kVocabSegments; g++) {
+    const int64_t first = std::min(g * width, vocab), n = std::min(width, vocab - first);
+    s.segment(g, n, z + first, moment);
+  }
+  s.merge();
+  return s;
+}
+
+}  // namespace
+
+void RowSum::segment(int64_t g, int64_t n, const float* z, bool with_moment) {
+  ZEROKL_CALL(row_sum, n, z, maximum + g, sum + g, with_moment ? moment + g : nullptr);
+}
+
+void RowSum::merge() { ZEROKL_CALL(merge_sums, kVocabSegments, maximum, sum, moment); }
+
+// The last entry kept, in the order (z descending, index ascending): rank < top_k, and the mass before it < top_p of all.
+// Mass is added in that order in fp32; rank 0 is always kept.
+Cut find_cut(int64_t vocab, const float* z, float top_p, int64_t top_k) {
+  if (top_p >= 1.0f && (top_k <= 0 || top_k >= vocab)) return {-kInf, vocab};
+  const RowSum all = sum_of(vocab, z, false);
+  if (std::isnan(all.sum[0])) return {-kInf, vocab};
+  Floats e(static_cast<size_t>(vocab));
+  ZEROKL_CALL(row_weights, vocab, z, all.maximum[0], e.data());
+  std::vector<int32_t> order(static_cast<size_t>(vocab));
+  std::iota(order.begin(), order.end(), 0);
+  auto before = [&](int32_t a, int32_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); };
+  const float limit = top_p * all.sum[0];
+  const int64_t most = top_k > 0 ? std::min(top_k, vocab) : vocab;
+  float mass = 0.0f;
+  int64_t rank = 0, sorted = 0;
+  for (; rank < most && (rank == 0 || top_p >= 1.0f || mass < limit); rank++) {
+    if (rank == sorted) {
+      // order only as far as needed: the mass usually ends within a few hundred entries
+      const int64_t next = std::min(vocab, std::max<int64_t>(256, sorted * 4));
+      std::partial_sort(order.begin() + sorted, order.begin() + next, order.end(), before);
+      sorted = next;
+    }
+    mass += e[static_cast<size_t>(order[static_cast<size_t>(rank)])];
+  }
+  const int32_t last = order[static_cast<size_t>(rank - 1)];
+  return {z[last], last};
+}
+
+void score_row(int64_t vocab, float* z, const Cut& cut, int64_t target, bool entropy, RowScore& out) {
+  if (cut.value > -kInf) ZEROKL_CALL(row_keep, vocab, z, 0, cut.value, cut.index);
+  const RowSum s = sum_of(vocab, z, entropy);
+  out = {ZEROKL_CALL(selected, z[target], s.maximum[0], s.sum[0]), s.maximum[0], s.sum[0],
+         entropy ? ZEROKL_CALL(entropy, s.sum[0], s.moment[0]) : 0.0f, cut};
+}
+
+// Whole rows at once: needed as soon as one row of the call filters.
+static void score_filtered(const Hidden& h, const Sampling& p, const int64_t* targets, bool entropy, RowScore* out) {
+  const int64_t block = std::max<int64_t>(12, kFullRowBytes / 4 / h.vocab);
+  Floats logits(static_cast<size_t>(std::min(block, h.rows) * h.vocab));
+  for (int64_t first = 0; first < h.rows; first += block) {
+    const int64_t rows = std::min(block, h.rows - first);
+    ZEROKL_CALL(fp32_gemm, rows, h.vocab, h.width, h.x + first * h.width, h.w, logits.data());
+    parallel_for(rows, [&](int64_t r) {
+      float* z = logits.data() + r * h.vocab;
+      const int64_t row = first + r;
+      ZEROKL_CALL(row_scale, h.vocab, z, p.temperature[row], z);
+      score_row(h.vocab, z, find_cut(h.vocab, z, p.top_p[row], p.top_k[row]), targets[row], entropy, out[row]);
+    });
+  }
+}
+
+void score(const Hidden& h, const Sampling& p, const int64_t* targets, bool entropy, RowScore* out) {
+  if (p.filters(h.rows, h.vocab)) return score_filtered(h, p, targets, entropy, out);
+  const int64_t width = segment_width(h.vocab);
+  Floats logits(static_cast<size_t>(std::min(kRowBlock, h.rows) * width));
+  for (int64_t first = 0; first < h.rows; first += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, h.rows - first);
+    std::vector<RowSum> sums(static_cast<size_t>(rows));
+    Floats hit(static_cast<size_t>(rows));
+    for (int64_t g = 0; g < kVocabSegments; g++) {
+      const int64_t begin = std::min(g * width, h.vocab), n = std::min(width, h.vocab - begin);
+      if (n > 0) ZEROKL_CALL(fp32_gemm, rows, n, h.width, h.x + first * h.width, h.w + begin * h.width, logits.data());
+      parallel_for(rows, [&](int64_t r) {
+        float* z = logits.data() + r * n;
+        ZEROKL_CALL(row_scale, n, z, p.temperature[first + r], z);
+        sums[static_cast<size_t>(r)].segment(g, n, z, entropy);
+        const int64_t target = targets[first + r] - begin;
+        if (target >= 0 && target < n) hit[static_cast<size_t>(r)] = z[target];
+      });
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      RowSum& s = sums[static_cast<size_t>(r)];
+      s.merge();
+      out[first + r] = {ZEROKL_CALL(selected, hit[static_cast<size_t>(r)], s.maximum[0], s.sum[0]), s.maximum[0], s.sum[0],
+                        entropy ? ZEROKL_CALL(entropy, s.sum[0], s.moment[0]) : 0.0f, Cut{-kInf, h.vocab}};
+    }
+  }
+}
+
+// Recomputes the logits segment by segment, turns them into their gradient in place, and multiplies on:
+// dh over ascending vocabulary, dw over ascending tokens, both one fp32 chain.
+void score_backward(const Hidden& h, const float* temperature, const int64_t* targets, const RowScore* scores, const float* grad, float* dh,
+                    float* dw) {
+  const int64_t width = segment_width(h.vocab);
+  Floats logits(static_cast<size_t>(std::min(kRowBlock, h.rows) * width));
+  for (int64_t first = 0; first < h.rows; first += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, h.rows - first);
+    const uint16_t* x = h.x + first * h.width;
+    for (int64_t g = 0; g < kVocabSegments; g++) {
+      const int64_t begin = std::min(g * width, h.vocab), n = std::min(width, h.vocab - begin);
+      if (n == 0) continue;
+      const uint16_t* w = h.w + begin * h.width;
+      ZEROKL_CALL(fp32_gemm, rows, n, h.width, x, w, logits.data());
+      parallel_for(rows, [&](int64_t r) {
+        float* z = logits.data() + r * n;
+        const int64_t row = first + r;
+        const RowScore& s = scores[row];
+        ZEROKL_CALL(row_scale, n, z, temperature[row], z);
+        ZEROKL_CALL(row_grad, n, z, begin, s.maximum, s.sum, targets[row], grad[row], temperature[row], s.cut.value, s.cut.index);
+      });
+      if (dh) ZEROKL_CALL(linear_dx, rows, n, h.width, logits.data(), false, w, dh + first * h.width, false, true);
+      if (dw) ZEROKL_CALL(linear_dw, rows, n, h.width, logits.data(), false, n, x, dw + begin * h.width);
+    }
+  }
+}
+
+void sample_rows(int64_t rows, int64_t vocab, const float* logits, const Sampling& p, const int64_t* seed, const int64_t* position,
+                 int64_t* token, float* logprob, float* raw) {
+  parallel_for(rows, [&](int64_t r) {
+    const float* z = logits + r * vocab;
+    const RowSum plain = sum_of(vocab, z, false);
+    if (p.temperature[r] == 0.0f) {
+      token[r] = ZEROKL_CALL(argmax, vocab, z);
+      logprob[r] = raw[r] = ZEROKL_CALL(selected, z[token[r]], plain.maximum[0], plain.sum[0]);
+      return;
+    }
+    float* scaled = static_cast<float*>(scratch(Slot::kRow, size_t(vocab) * sizeof(float)));
+    ZEROKL_CALL(row_scale, vocab, z, p.temperature[r], scaled);
+    const Cut cut = find_cut(vocab, scaled, p.top_p[r], p.top_k[r]);
+    if (cut.value > -kInf) ZEROKL_CALL(row_keep, vocab, scaled, 0, cut.value, cut.index);
+    token[r] = ZEROKL_CALL(gumbel_argmax, vocab, scaled, seed[r], position[r]);
+    raw[r] = ZEROKL_CALL(selected, z[token[r]], plain.maximum[0], plain.sum[0]);
+    const RowSum s = sum_of(vocab, scaled, false);
+    logprob[r] = ZEROKL_CALL(selected, scaled[token[r]], s.maximum[0], s.sum[0]);
+  });
+}
+
+}  // namespace zerokl

@@ -1,1 +1,0 @@
-int zerokl_placeholder = 0;

@@ -1,0 +1,19 @@
+// What the kernels need from their host: threads and scratch memory. Compiled once, for the baseline instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace zerokl {
+
+using Body = void (*)(int64_t task, void* context);
+
+// Runs body(0..tasks-1) on torch's thread pool; threads take the next task as they come free. Which thread runs a task
+// never changes a bit: tasks write disjoint outputs.
+void parallel(int64_t tasks, Body body, void* context);
+
+// A 64-byte aligned buffer of this thread, kept between calls; one per slot. Raises std::bad_alloc.
+enum class Slot { kPackA, kPackB, kTile, kRow, kAttention, kCount };
+void* scratch(Slot slot, size_t bytes);
+
+}  // namespace zerokl

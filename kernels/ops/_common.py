@@ -1,0 +1,72 @@
+"""What every op needs: the loaded library, argument checks, and the way weight gradients leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+
+
+def load_library() -> None:
+    """Load the compiled operators. Raises ImportError if they were not built."""
+    if not _LIBRARY.exists():
+        raise ImportError(
+            "zerokl's compiled operators are missing; build them with `make install` (or `pip install -e .`)"
+        )
+    torch.ops.load_library(str(_LIBRARY))
+
+
+load_library()
+ops = torch.ops.zerokl
+
+
+def check(condition: bool, op: str, message: str) -> None:
+    """Raise ValueError naming the op unless the condition holds (R10)."""
+    if not condition:
+        raise ValueError(f"zerokl.kernels.{op}: {message}")
+
+
+def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every given tensor is bf16 and on the CPU."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        check(t.dtype == torch.bfloat16, op, f"{name} is {t.dtype}; supported: torch.bfloat16")
+        check(t.device.type == "cpu", op, f"{name} is on {t.device}; supported: cpu")
+
+
+def per_row(value: torch.Tensor | float, rows: int, dtype: torch.dtype, op: str, name: str) -> torch.Tensor:
+    """A scalar or [rows] tensor as a contiguous [rows] tensor of dtype."""
+    if isinstance(value, torch.Tensor):
+        check(value.shape == (rows,), op, f"{name} has shape {tuple(value.shape)}; expected ({rows},)")
+        return value.to(dtype).contiguous()
+    return torch.full((rows,), value, dtype=dtype)
+
+
+class WeightGrad:
+    """Where a weight's gradient goes (R9: tokens added in packed order into fp32).
+
+    With a ``main_grad`` (fp32) on the weight, chains continue from it in place and Megatron's fused protocol is followed:
+    ``grad_added_to_main_grad`` is set and a placeholder is returned. Otherwise the chains start at +0 and the sum is
+    rounded once to the weight's dtype.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        main = getattr(weight, "main_grad", None)
+        if main is not None and (main.dtype != torch.float32 or main.shape != weight.shape or not main.is_contiguous()):
+            raise ValueError(
+                f"zerokl.kernels: main_grad must be a contiguous fp32 tensor of shape {tuple(weight.shape)}"
+            )
+        self._weight = weight
+        self._fused = main is not None
+        self.buffer: torch.Tensor = main if main is not None else torch.zeros(weight.shape, dtype=torch.float32)
+
+    def result(self) -> torch.Tensor:
+        """What autograd gets."""
+        if not self._fused:
+            return self.buffer.to(self._weight.dtype)
+        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        # one element, expanded: autograd needs the shape, nobody reads the values
+        return torch.zeros(1, dtype=self._weight.dtype).expand(self._weight.shape)

@@ -1,0 +1,140 @@
+"""Attention over packed sequences and over pages (R5, R9). Dao et al., "FlashAttention", 2022."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._common import check, check_bf16, ops
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu: torch.Tensor,
+        scale: float,
+        causal: bool,
+        window: int,
+    ) -> torch.Tensor:
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        ops.attention_varlen(q, k, v, cu, scale, causal, window, out, lse)
+        ctx.save_for_backward(q, k, v, cu, out, lse)
+        ctx.options = (scale, causal, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, cu, out, lse = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        ops.attention_backward(q, k, v, cu, *ctx.options, out, lse, dout.contiguous(), dq, dk, dv)
+        return dq, dk, dv, None, None, None, None
+
+
+def _check_heads(
+    op: str, q: torch.Tensor, kv_heads: int, dim: int, window: int | None, sinks: torch.Tensor | None
+) -> int:
+    check(q.dim() == 3, op, f"q {tuple(q.shape)} must be [T, heads, D]")
+    check(q.shape[2] == dim, op, f"q has head dim {q.shape[2]}, keys {dim}")
+    check(
+        kv_heads > 0 and q.shape[1] % kv_heads == 0,
+        op,
+        f"{q.shape[1]} query heads are not a multiple of {kv_heads} key heads",
+    )
+    check(window is None or window > 0, op, f"window={window} must be positive")
+    check(sinks is None, op, "sinks are not supported; pass None")
+    return window or 0
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of packed sequences: full-sequence training and scoring.
+
+    Args:
+        q: bf16 [T, H, D]; k, v: bf16 [T, Hk, D], H a multiple of Hk.
+        cu_seqlens: int32 [B + 1], ascending from 0 to T; sequences attend within themselves.
+        scale: multiplies q.k.
+        causal: a query sees keys up to its own position.
+        window: a query sees only the last ``window`` keys, itself included.
+
+    Returns:
+        bf16 [T, H, D]; the same bits as :func:`attention_paged` on the same keys.
+
+    Raises:
+        ValueError: unsupported dtype, shape or option.
+    """
+    op = "attention_varlen"
+    check_bf16(op, q=q, k=k, v=v)
+    check(
+        k.dim() == 3 and k.shape == v.shape and k.shape[0] == q.shape[0],
+        op,
+        f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, Hk, D] like q's T",
+    )
+    width = _check_heads(op, q, k.shape[1], k.shape[2], window, sinks)
+    cu = cu_seqlens.to(torch.int32).contiguous()
+    ends = cu.tolist()
+    check(
+        len(ends) >= 1
+        and ends[0] == 0
+        and ends[-1] == q.shape[0]
+        and all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
+        op,
+        f"cu_seqlens must ascend from 0 to {q.shape[0]}",
+    )
+    return _AttentionVarlen.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu, scale, causal, width)
+
+
+def attention_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    q_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention over a paged key-value cache: decode, chunked prefill and prefix hits are one case. No gradient.
+
+    Args:
+        q: bf16 [T, H, D], the last ``q_lens[b]`` positions of each sequence, packed.
+        k_cache, v_cache: bf16 [pages, page_size, Hk, D].
+        page_table: int32 [B, max_pages]; position p of sequence b lies in page ``page_table[b, p // page_size]``.
+        seq_lens: int32 [B], keys of each sequence, the new ones included (already in the cache).
+        q_lens: int32 [B].
+
+    Returns:
+        bf16 [T, H, D]; bits depend on neither pages, their order, nor how the queries were cut into calls.
+
+    Raises:
+        ValueError: unsupported dtype, shape or option. RuntimeError: a page or length out of range.
+    """
+    op = "attention_paged"
+    check_bf16(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    check(k_cache.dim() == 4 and k_cache.shape == v_cache.shape, op, "caches must be [pages, page_size, Hk, D]")
+    width = _check_heads(op, q, k_cache.shape[2], k_cache.shape[3], window, sinks)
+    check(
+        page_table.dim() == 2 and seq_lens.shape == q_lens.shape == page_table.shape[:1],
+        op,
+        "page_table [B, n], seq_lens [B] and q_lens [B] disagree",
+    )
+    out = torch.empty(q.shape, dtype=q.dtype)
+    table, lens, queries = (t.to(torch.int32).contiguous() for t in (page_table, seq_lens, q_lens))
+    ops.attention_paged(q.contiguous(), k_cache, v_cache, table, lens, queries, scale, width, out)
+    return out

@@ -1,0 +1,68 @@
+"""Counter-based sampling (R0, R6): a token depends on (seed, position) and its row of logits only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._common import check, ops, per_row
+
+
+class Sampled(NamedTuple):
+    """token int64 [T]; logprob fp32 [T] under the sampled distribution; raw_logprob fp32 [T] at temperature 1, unfiltered."""
+
+    token: torch.Tensor
+    logprob: torch.Tensor
+    raw_logprob: torch.Tensor
+
+
+def sample(
+    logits: torch.Tensor,
+    *,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    temperature: torch.Tensor | float = 1.0,
+    top_p: torch.Tensor | float = 1.0,
+    top_k: torch.Tensor | int = 0,
+) -> Sampled:
+    """Draw one token a row by the Gumbel-max rule with a hash of (seed, position, token) as the random number.
+
+    Args:
+        logits: fp32 [T, V].
+        seed, position: int64 [T].
+        temperature: scalar or [T]; 0 takes the largest logit (lowest index among equals) and reports the raw
+            log-probability as both.
+        top_p, top_k: as in :func:`zerokl.kernels.selected_logprob`.
+
+    Raises:
+        ValueError: unsupported dtype, shape or range.
+    """
+    op = "sample"
+    check(
+        logits.dim() == 2 and logits.dtype == torch.float32,
+        op,
+        f"logits must be fp32 [T, V], got {logits.dtype} {tuple(logits.shape)}",
+    )
+    rows = logits.shape[0]
+    t, p, k = (
+        per_row(temperature, rows, torch.float32, op, "temperature"),
+        per_row(top_p, rows, torch.float32, op, "top_p"),
+        per_row(top_k, rows, torch.int32, op, "top_k"),
+    )
+    check(bool((t >= 0).all()), op, "temperature must not be negative")
+    check(bool(((p > 0) & (p <= 1)).all()), op, "top_p must lie in (0, 1]")
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob, raw = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+    ops.sample(
+        logits.contiguous(),
+        t,
+        p,
+        k,
+        per_row(seed, rows, torch.int64, op, "seed"),
+        per_row(position, rows, torch.int64, op, "position"),
+        token,
+        logprob,
+        raw,
+    )
+    return Sampled(token, logprob, raw)
