@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,21 @@ class Comparison:
     @property
     def equal(self) -> bool:
         return self.tokens > 0 and self.mismatched_tokens == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON values: NaN becomes null."""
+
+        def plain(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        return {
+            "tokens": self.tokens,
+            "mismatched_tokens": self.mismatched_tokens,
+            "max_abs_diff": plain(self.max_abs_diff),
+            "kl": {name: plain(value) for name, value in asdict(self.kl).items()},
+            "nonfinite": self.nonfinite,
+            "first_mismatch": asdict(self.first_mismatch) if self.first_mismatch else None,
+        }
 
 
 def mismatches(rollout: np.ndarray, trainer: np.ndarray) -> np.ndarray:

@@ -38,11 +38,20 @@ class RolloutTable(Table):
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, gt=0, le=10, description="0 (greedy) gives equal responses: nothing to learn from")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, description="0 switches the filter off; 1 would be greedy")
     max_prompt_tokens: int = Field(512, ge=1)
     max_running_requests: int = Field(64, ge=1)
-    chunked_prefill_tokens: int = Field(256, ge=16)
+    chunked_prefill_tokens: int = Field(512, ge=16)
+    kv_cache_tokens: int = Field(16384, ge=64)
     threads: int | None = Field(None, ge=1, description="default: all cores (rollout and training take turns)")
+
+    @model_validator(mode="after")
+    def _possible(self) -> RolloutTable:
+        if self.top_k == 1:
+            raise ValueError("top_k = 1 is greedy: every response of a group would be the same")
+        if self.max_prompt_tokens + self.max_new_tokens > self.kv_cache_tokens:
+            raise ValueError("max_prompt_tokens + max_new_tokens exceeds kv_cache_tokens")
+        return self
 
 
 class TrainTable(Table):
@@ -104,7 +113,7 @@ class ControlTable(Table):
     """The same comparison with the engines' own kernels, once after training: what the difference would have been."""
 
     enabled: bool = False
-    prompts: int = Field(8, ge=1)
+    samples: int = Field(16, ge=1)
 
 
 class RunTable(Table):
@@ -115,6 +124,7 @@ class RunTable(Table):
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
+    stop_on_mismatch: bool = Field(True, description="end the run (exit 1) at the first token whose bits differ")
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(1800.0, gt=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -20,7 +20,8 @@ class Task:
     """One prompt and what its reward needs.
 
     ``prompt``: text or chat messages, or None where ``input_ids`` is given. ``fields`` may be used in the recipe's
-    template and by the reward. ``source`` is whatever the reward wants to ask back (never printed).
+    template and by the reward. ``source`` is whatever the reward wants to ask back (never printed). ``where`` is how
+    messages name the task.
     """
 
     index: int
@@ -28,6 +29,11 @@ class Task:
     input_ids: tuple[int, ...] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     source: Any = field(default=None, repr=False, compare=False)
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.where or f"task {self.index}"
 
 
 class Source(Protocol):
@@ -80,7 +86,7 @@ class JsonLines:
         order = list(range(len(self.tasks)))
         random.Random(f"{self.seed}:{epoch}").shuffle(order)
         task = self.tasks[order[place]]
-        return Task(index, task.prompt, task.input_ids, task.fields)
+        return replace(task, index=index)
 
 
 def jsonl(seed: int, *, path: str) -> Source:
@@ -103,6 +109,8 @@ def read_jsonl(path: Path) -> list[Task]:
 
 
 def _parse(path: Path, number: int, line: str) -> Task:
+    where = f"{path}, line {number}"
+
     def bad(why: str) -> UserError:
         return UserError(
             f"{path}, line {number}: {why}", 'each line: {"prompt": text or messages} or {"input_ids": [...]}'
@@ -120,13 +128,13 @@ def _parse(path: Path, number: int, line: str) -> Task:
     if ids is not None:
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
             raise bad("input_ids must be a non-empty list of token ids")
-        return Task(number - 1, None, tuple(ids), value)
+        return Task(number - 1, None, tuple(ids), value, where=where)
     if isinstance(prompt, list):
         if not prompt or not all(_is_message(m) for m in prompt):
             raise bad('chat messages must be [{"role": text, "content": text}, ...]')
     elif not isinstance(prompt, str) or not prompt:
         raise bad("prompt must be non-empty text or chat messages")
-    return Task(number - 1, prompt, None, value)
+    return Task(number - 1, prompt, None, value, where=where)
 
 
 def _is_message(value: Any) -> bool:

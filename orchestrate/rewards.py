@@ -52,7 +52,7 @@ def score(reward: Reward, tasks: Sequence[Task], responses: Sequence[str], *, ti
                 values.append(_number(reward(task, response)))
             except Exception as error:  # noqa: BLE001 - user code: any failure drops the sample and is counted
                 values.append(None)
-                errors.append(f"task {task.index}: {type(error).__name__}: {error}")
+                errors.append(f"{task.name}: {type(error).__name__}: {error}")
 
     # a thread, because user code that hangs cannot be interrupted any other way within this process
     thread = threading.Thread(target=work, name="rewards", daemon=True)
@@ -60,7 +60,7 @@ def score(reward: Reward, tasks: Sequence[Task], responses: Sequence[str], *, ti
     thread.join(timeout_s)
     if thread.is_alive():
         at = len(values)
-        raise RunError(f"the reward did not return within {timeout_s:g} s; it hangs at task {tasks[at].index}")
+        raise RunError(f"the reward did not return within {timeout_s:g} s; it hangs at {tasks[at].name}")
     return Scores(tuple(values), tuple(errors))
 
 

@@ -14,10 +14,9 @@ from zerokl.orchestrate.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: its task, its place among the step's groups, what was asked and what came back."""
+    """One response: its task (None where only the tokens matter), what was asked, what came back, its advantage."""
 
-    task: Task
-    group: int
+    task: Task | None
     request: Request
     generation: Generation
     advantage: float = 0.0

@@ -21,7 +21,7 @@ class Tokenizer:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            if not (self.folder / "tokenizer_config.json").is_file():
+            if not self.exists:
                 raise UserError(f"{self.folder} has no tokenizer", "give prompts as input_ids, or add the tokenizer")
             self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         return self._tokenizer
@@ -29,7 +29,12 @@ class Tokenizer:
     @property
     def end(self) -> tuple[int, ...]:
         """The tokens that end a response."""
-        return (self.tokenizer.eos_token_id,) if (self.folder / "tokenizer_config.json").is_file() else ()
+        return (self.tokenizer.eos_token_id,) if self.exists else ()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the model folder holds a tokenizer."""
+        return (self.folder / "tokenizer_config.json").is_file()
 
     def encode(self, task: Task, *, template: str | None, longest: int) -> tuple[int, ...]:
         """Token ids of the task's prompt.
@@ -40,11 +45,11 @@ class Tokenizer:
         """
         ids = task.input_ids if task.input_ids is not None else tuple(self._encode(task, template))
         if not ids:
-            raise UserError(f"prompt {task.index} has no tokens", "write a longer prompt")
+            raise UserError(f"{task.name}: the prompt has no tokens", "write a longer prompt")
         if len(ids) > longest:
-            raise UserError(f"prompt {task.index} has {len(ids)} tokens, at most {longest} fit", "shorten it")
+            raise UserError(f"{task.name}: the prompt has {len(ids)} tokens, at most {longest} fit", "shorten it")
         if max(ids) >= self.vocab_size:
-            raise UserError(f"prompt {task.index}: token {max(ids)} is outside the vocabulary of {self.vocab_size}")
+            raise UserError(f"{task.name}: token {max(ids)} is outside the vocabulary of {self.vocab_size}")
         return ids
 
     def decode(self, ids: tuple[int, ...]) -> str:

@@ -30,17 +30,19 @@ class TrainReport:
 class Trainer:
     """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
 
-    def __init__(self, model: Path, train: TrainTable | None, log: Path, *, stock: bool = False) -> None:
-        """`train` None: scoring only. `stock`: Megatron's own layers, for the control."""
+    def __init__(
+        self, model: Path, train: TrainTable, log: Path, *, scoring_only: bool = False, stock: bool = False
+    ) -> None:
+        """`scoring_only`: no optimizer. `stock`: Megatron's own layers, for the control."""
         redirect_output(log)
         from zerokl.alignment.megatron.policy import MegatronPolicy
 
         self.policy = MegatronPolicy(
             model,
-            optimizer=_optimizer(train) if train else None,
+            optimizer=None if scoring_only else _optimizer(train),
             stock=stock,
-            recompute=train.recompute if train else False,
-            threads=train.threads if train else None,
+            recompute=train.recompute,
+            threads=train.threads,
         )
         self.train = train
 
@@ -55,7 +57,6 @@ class Trainer:
         from zerokl.alignment.types import PackedBatch
         from zerokl.orchestrate.algorithms import grpo
 
-        assert self.train is not None
         batches = microbatches(samples, self.train.microbatch_tokens)
         packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch])) for batch in batches]
         old = [_concatenated([samples[i].generation.logprobs for i in batch]) for batch in batches]
@@ -79,12 +80,12 @@ class Trainer:
         ]
         return TrainReport(result.loss, result.grad_norm, scored)
 
-    def score(self, samples: Sequence[Sample], limit: int) -> list[np.ndarray]:
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probabilities of every sample by the training forward (gradients on), without an update."""
         from zerokl.alignment.types import PackedBatch
 
         scored: list[np.ndarray] = []
-        for batch in microbatches(samples, limit):
+        for batch in microbatches(samples, self.train.microbatch_tokens):
             packed = PackedBatch.pack(*_pairs([samples[i] for i in batch]))
             scored += _split(samples, batch, self.policy.logprobs(packed).detach())
         return scored

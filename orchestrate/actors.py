@@ -1,0 +1,81 @@
+"""The two actors as the driver sees them: started together, called with deadlines, stopped in order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from zerokl.alignment.sglang.config import EngineConfig
+from zerokl.orchestrate.cluster import Waiting, wait
+from zerokl.orchestrate.config import Config
+from zerokl.orchestrate.errors import RunError
+
+_CLOSE_TIMEOUT_S = 30.0
+
+
+def cores(threads: int | None) -> int:
+    """The number of threads to use: as configured, else every core this process may run on."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def engine_config(config: Config, model: Path, *, stock: bool = False) -> EngineConfig:
+    """The rollout table as the engine's own configuration."""
+    rollout = config.rollout
+    return EngineConfig(
+        model_path=str(model),
+        stock=stock,
+        context_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        max_running_requests=rollout.max_running_requests,
+        max_total_tokens=rollout.kv_cache_tokens,
+        chunked_prefill_size=rollout.chunked_prefill_tokens,
+        threads=cores(rollout.threads),
+    )
+
+
+class Actors:
+    """A rollout and a trainer actor on one model."""
+
+    def __init__(self, config: Config, model: Path, logs: Path, waiting: Waiting, *, stock: bool = False) -> None:
+        """Start both and wait until they are ready. `stock`: the engines' own kernels, and no optimizer."""
+        import ray
+
+        from zerokl.orchestrate.rollout import Rollout
+        from zerokl.orchestrate.trainer import Trainer
+
+        self._waiting, self._config = waiting, config
+        names = ("stock-rollout.log", "stock-trainer.log") if stock else ("rollout.log", "trainer.log")
+        self.logs = logs
+        rollout_log, trainer_log = (logs / name for name in names)
+        timeout = config.run.start_timeout_s
+        train = config.train.model_copy(update={"threads": cores(config.train.threads)})
+        self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote(
+            engine_config(config, model, stock=stock), rollout_log, start_timeout_s=timeout
+        )
+        self.trainer = ray.remote(num_cpus=train.threads)(Trainer).remote(
+            model, train, trainer_log, scoring_only=stock, stock=stock
+        )
+        described = self.rollout.describe.remote(), self.trainer.describe.remote()
+        self.manifests: dict[str, Any] = {}
+        self.digests: dict[str, dict[str, str]] = {}
+        for name, reference in zip(("engine", "trainer"), described, strict=True):
+            self.manifests[name], self.digests[name] = self.wait(reference, f"the {name} to start", timeout)
+
+    def wait(self, reference: Any, what: str, timeout_s: float | None = None) -> Any:
+        """A call's value; the deadline is the recipe's `run.step_timeout_s` unless given."""
+        limit = timeout_s or self._config.run.step_timeout_s
+        return wait(reference, what, timeout_s=limit, waiting=self._waiting, logs=self.logs)
+
+    def check_digests(self, engine: dict[str, str], trainer: dict[str, str], when: str) -> None:
+        """Raise RunError naming the tensors that differ between the two sides."""
+        names = sorted(n for n in engine.keys() | trainer.keys() if engine.get(n) != trainer.get(n))
+        if names:
+            raise RunError(f"weights differ between engine and trainer {when}: {', '.join(names[:5])} ({len(names)})")
+
+    def close(self) -> None:
+        """Stop the engine's child process; Ray ends the actors themselves."""
+        self.wait(self.rollout.close.remote(), "the engine to stop", _CLOSE_TIMEOUT_S)
+        import ray
+
+        for actor in (self.rollout, self.trainer):
+            ray.kill(actor)

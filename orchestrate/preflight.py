@@ -1,0 +1,97 @@
+"""Everything that can be known before an engine starts: a run that begins does not fail for what its recipe says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from zerokl.alignment.megatron.model_config import ModelConfig
+from zerokl.orchestrate import models
+from zerokl.orchestrate.callables import load_callable
+from zerokl.orchestrate.config import Config
+from zerokl.orchestrate.data import Source
+from zerokl.orchestrate.errors import UserError
+from zerokl.orchestrate.rewards import Reward
+from zerokl.orchestrate.samples import plan
+from zerokl.orchestrate.tokens import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: the resolved recipe and what it names, loaded."""
+
+    config: Config
+    model: Path
+    model_config: ModelConfig
+    source: Source
+    reward: Reward
+    tokenizer: Tokenizer
+
+
+def prepare(config: Config, base: Path) -> Prepared:
+    """Resolve model, data source and reward and encode the first step's prompts.
+
+    `base`: the recipe's folder, for `file.py:function`. Raises one UserError with every problem found.
+    """
+    problems: list[UserError] = []
+
+    def attempt(action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except UserError as error:
+            problems.append(error)
+            return None
+
+    config = _absolute(config, base)
+    model = attempt(lambda: models.resolve(config.model.name))
+    model_config = attempt(partial(models.check, model)) if model else None
+    if model_config:
+        attempt(partial(_check_lengths, config, model_config))
+    source = attempt(lambda: _source(config, base))
+    reward = attempt(
+        lambda: load_callable(config.reward.function, positional=2, options=config.reward.options, base=base)
+    )
+    tokenizer = Tokenizer(model, model_config.vocab_size) if model and model_config else None
+    if source and tokenizer:
+        attempt(partial(plan, config, source, tokenizer, 1))
+    if problems or not (model and model_config and source and reward and tokenizer):
+        raise UserError("\n".join(str(problem) for problem in problems))
+    return Prepared(config, model, model_config, source, reward, tokenizer)
+
+
+def _source(config: Config, base: Path) -> Source:
+    make = load_callable(config.data.source, positional=1, options=config.data.options, base=base)
+    source = make(config.run.seed)
+    if not callable(source):
+        raise UserError(f"{config.data.source} returned {type(source).__name__}", "return a callable: index -> Task")
+    return source
+
+
+def _check_lengths(config: Config, model: ModelConfig) -> None:
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > model.max_position_embeddings:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
+            f"{model.max_position_embeddings} positions",
+            "lower one of them",
+        )
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """Names that are relative to the recipe's folder, made absolute: the resolved recipe works from anywhere."""
+
+    def absolute(name: str) -> str:
+        return os.path.normpath(base / name) if ".py:" in name else name
+
+    data = config.data.model_copy(update={"source": absolute(config.data.source)})
+    reward = config.reward.model_copy(update={"function": absolute(config.reward.function)})
+    model = config.model
+    if Path(model.name).expanduser().is_dir():
+        model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
+    return config.model_copy(update={"data": data, "reward": reward, "model": model})

@@ -1,0 +1,35 @@
+"""The rollout actor: owns a `RolloutEngine`, whose SGLang runs in a child process of this actor's process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zerokl.orchestrate.logs import redirect_output
+
+if TYPE_CHECKING:
+    from zerokl.alignment.sglang.config import EngineConfig
+    from zerokl.alignment.types import Generation, Request
+
+
+class Rollout:
+    """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
+
+    def __init__(self, config: EngineConfig, log: Path, *, start_timeout_s: float) -> None:
+        redirect_output(log)
+        from zerokl.alignment.sglang.engine import RolloutEngine
+
+        self.engine = RolloutEngine(config, start_timeout_s=start_timeout_s)
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """(manifest, weights digest)."""
+        return self.engine.manifest(), self.engine.weights_digest()
+
+    def generate(self, requests: Sequence[Request], timeout_s: float) -> list[Generation]:
+        """One generation per request, in order."""
+        return self.engine.generate(requests, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Stop the engine's process and wait for it."""
+        self.engine.close()

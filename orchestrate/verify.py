@@ -1,0 +1,200 @@
+"""`zerokl verify`: SGLang samples, Megatron-Core's training forward scores the same tokens, bits are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
+from zerokl.alignment.verify import Comparison, compare
+from zerokl.orchestrate import builtin_prompts, files, models
+from zerokl.orchestrate.actors import cores
+from zerokl.orchestrate.data import read_jsonl
+from zerokl.orchestrate.errors import RunError, UserError
+from zerokl.orchestrate.samples import Sample, microbatches, sampling_seed
+from zerokl.orchestrate.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from zerokl.alignment.megatron.policy import MegatronPolicy
+    from zerokl.alignment.sglang.engine import RolloutEngine
+
+CHUNK = 256  # prefill chunk: the built-in prompts hold a longer one
+_MICROBATCH_TOKENS = 2048
+_START_TIMEOUT_S = 300.0
+_GENERATE_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command's options; ``stock``: the engines' own kernels, ``inject``: one planted fault."""
+
+    model: str
+    prompts: Path | None = None
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stock: bool = False
+    inject: Literal["ulp", "nan", "weight-bit"] | None = None
+
+
+def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """The whole verification; returns what the JSON file holds. ``equal`` in it is the verdict."""
+    folder, requests = _requests(settings)
+    say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
+    engine, policy = _start(folder, requests, settings.stock)
+    with engine:
+        if settings.inject == "weight-bit":
+            _flip_a_weight_bit(engine)
+        generations = engine.generate(requests, timeout_s=_GENERATE_TIMEOUT_S)
+        digests = engine.weights_digest(timeout_s=_START_TIMEOUT_S), policy.weights_digest()
+        engine_manifest = engine.manifest()
+    say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
+    scored = score(policy, requests, generations)
+    if settings.inject in ("ulp", "nan"):
+        _damage(scored, settings.inject)
+    found = compare(generations, scored)
+    return _result(found, digests, engine_manifest, policy.manifest(), requests, generations)
+
+
+def score(policy: MegatronPolicy, requests: Sequence[Request], generations: Sequence[Generation]) -> list[np.ndarray]:
+    """fp32 [n] per request: the sampled tokens' log-probabilities by the training forward, packed as in training."""
+    samples = [Sample(None, r, g) for r, g in zip(requests, generations, strict=True)]
+    scored: list[np.ndarray] = []
+    for batch in microbatches(samples, _MICROBATCH_TOKENS):
+        packed = PackedBatch.pack([requests[i] for i in batch], [generations[i] for i in batch])
+        values = policy.logprobs(packed).detach().numpy()
+        scored += np.split(values, np.cumsum([len(generations[i].output_ids) for i in batch])[:-1])
+    return scored
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The verdict for people."""
+    kl, first = result["kl"], result["first_mismatch"]
+    out = [
+        f"tokens            {result['tokens']}",
+        f"mismatched tokens {result['mismatched_tokens']}",
+        f"not finite        {result['nonfinite']}",
+        f"max |difference|  {result['max_abs_diff']}",
+        f"KL k1, k2, k3     {kl['k1']}, {kl['k2']}, {kl['k3']}",
+        f"weights           engine {result['weights_digest']['engine']}, trainer {result['weights_digest']['trainer']}",
+    ]
+    if first:
+        out.append(
+            f"first mismatch    request {first['request']}, generated token {first['position']} (id {first['token']}): "
+            f"rollout {first['rollout']}, trainer {first['trainer']}"
+        )
+    return [*out, "EQUAL, bit for bit" if result["equal"] else "NOT EQUAL"]
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    files.write_json(path, result)
+
+
+def _requests(settings: Settings) -> tuple[Path, list[Request]]:
+    if not (math.isfinite(settings.temperature) and 0 < settings.top_p <= 1):
+        raise UserError(f"cannot sample with temperature {settings.temperature}, top-p {settings.top_p}",
+                        "temperature: finite, at least 0; top-p: above 0, at most 1")  # fmt: skip
+    folder = models.resolve(settings.model)
+    config = models.check(folder)
+    tokenizer = Tokenizer(folder, config.vocab_size)
+    longest = config.max_position_embeddings - settings.max_new_tokens
+    if longest < 1:
+        raise UserError(
+            f"--max-new-tokens {settings.max_new_tokens} leaves no room in the model's "
+            f"{config.max_position_embeddings} positions", "lower it"
+        )  # fmt: skip
+    own = settings.prompts is None
+    if settings.prompts is None:
+        prompts = builtin_prompts.make(tokenizer, longest=longest)
+    else:
+        prompts = [(tokenizer.encode(t, template=None, longest=longest), 0.0) for t in read_jsonl(settings.prompts)]
+    return folder, [
+        Request(
+            ids,
+            SamplingParams(
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=sampling_seed(settings.seed, 0, index),
+                stop_token_ids=tokenizer.end,
+                ignore_eos=own,  # a fixed number of tokens to compare
+            ),
+            arrival,
+        )
+        for index, (ids, arrival) in enumerate(prompts)
+    ]
+
+
+def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[RolloutEngine, MegatronPolicy]:
+    """The engine (a child process) and the policy (here), started side by side."""
+    from zerokl.alignment.megatron.policy import MegatronPolicy
+    from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
+
+    longest = max(len(r.input_ids) + r.sampling.max_new_tokens for r in requests)
+    config = EngineConfig(
+        model_path=str(folder),
+        stock=stock,
+        context_length=longest,
+        max_total_tokens=max(16384, 2 * longest),
+        chunked_prefill_size=CHUNK,
+        threads=cores(None),
+    )
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(RolloutEngine, config, start_timeout_s=_START_TIMEOUT_S)
+        try:
+            policy = MegatronPolicy(folder, stock=stock, threads=cores(None))
+        except BaseException:
+            if starting.exception() is None:
+                starting.result().close()
+            raise
+        return starting.result(), policy
+
+
+def _flip_a_weight_bit(engine: RolloutEngine) -> None:
+    """The lowest mantissa bit of one element of one weight: the smallest fault a transfer could leave."""
+    name = min(engine.weights_digest(timeout_s=_START_TIMEOUT_S))
+    engine.flip_weight_bit(name, 0, 0)
+
+
+def _damage(scored: list[np.ndarray], fault: str) -> None:
+    """Change one log-probability in the middle: by one unit in the last place, or to NaN."""
+    where = len(scored) // 2
+    values = scored[where].copy()
+    values[-1] = np.nan if fault == "nan" else np.nextafter(values[-1], np.float32(-np.inf))
+    scored[where] = values
+
+
+def _result(
+    found: Comparison,
+    digests: tuple[dict[str, str], dict[str, str]],
+    engine_manifest: dict[str, Any],
+    trainer_manifest: dict[str, Any],
+    requests: Sequence[Request],
+    generations: Sequence[Generation],
+) -> dict[str, Any]:
+    engine, trainer = (_one_digest(side) for side in digests)
+    return {
+        "equal": found.equal and engine == trainer,
+        **found.to_json(),
+        "weights_digest": {"engine": engine, "trainer": trainer},
+        "requests": len(requests),
+        "longest_prompt": max(len(r.input_ids) for r in requests),
+        "cached_tokens": sum(g.cached_tokens for g in generations),
+        "manifest": {"engine": engine_manifest, "trainer": trainer_manifest},
+        "versions": {},
+    }
+
+
+def _one_digest(side: dict[str, str]) -> str:
+    """One digest for a whole model: over names and digests of its tensors, sorted by name."""
+    if not side:
+        raise RunError("a side reported no weights")
+    return hashlib.sha256("\n".join(f"{name} {side[name]}" for name in sorted(side)).encode()).hexdigest()
