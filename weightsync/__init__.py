@@ -1,1 +1,19 @@
+"""Weights from the trainer into the rollout engine, checked byte for byte."""
 
+from zerokl.weightsync.digest import combined, tensor_digest
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.push import Engine, SyncReport, push
+from zerokl.weightsync.shared import Manifest, TensorEntry, open_shared, publish
+
+__all__ = [
+    "Engine",
+    "Manifest",
+    "SyncReport",
+    "TensorEntry",
+    "WeightSyncError",
+    "combined",
+    "open_shared",
+    "publish",
+    "push",
+    "tensor_digest",
+]

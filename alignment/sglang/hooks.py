@@ -25,9 +25,9 @@ from sglang.srt.runtime_context import get_parallel
 
 from zerokl import kernels
 from zerokl.alignment.sglang import sampling
+from zerokl.alignment.sglang.config import ARCHITECTURES
 from zerokl.alignment.sglang.errors import HookError, UnsupportedError
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 CONTAINERS = {
     "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
     "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",

@@ -16,8 +16,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from zerokl import kernels
 from zerokl.alignment.sglang.errors import UnsupportedError
+from zerokl.alignment.sglang.protocol import RAW_LOGPROB
 
-RAW_LOGPROB = "zerokl_raw_logprob"
 DEFAULT_SEED = 42  # SGLang's own, for a request that names none
 
 

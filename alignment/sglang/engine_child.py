@@ -1,0 +1,275 @@
+"""The process that owns one SGLang engine: ``python -P -m zerokl.alignment.sglang.engine_child FD``.
+
+SGLang's scheduler kills its parent when it crashes, and its plugin errors are only logged; so the engine lives in a
+process of its own, which proves its hooks before it says it is ready. It ends, with every process SGLang started, as
+soon as the socket to its owner closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import queue
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zerokl.alignment.sglang import protocol
+from zerokl.alignment.sglang.config import EngineConfig
+from zerokl.alignment.sglang.errors import EngineError
+from zerokl.alignment.types import Request
+
+_SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
+_MODEL_MODULES = ("llama", "qwen2", "qwen3")
+
+
+def main(fd: int) -> None:
+    """Start the engine the first message describes, then serve commands until the owner closes the connection."""
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    connection: protocol.Connection[protocol.Command] = protocol.Connection(sock, protocol.Command)
+    start = connection.receive()
+    if not isinstance(start, protocol.Start):
+        raise TypeError(f"the first message must be Start, got {type(start).__name__}")
+    commands: queue.SimpleQueue[protocol.Command] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, commands), daemon=True).start()
+    server = _reply(connection, lambda: _Server(start.config))
+    if server is None:
+        return
+    connection.send(protocol.Ready(server.manifest))
+    while not isinstance(command := commands.get(), protocol.Close):
+        reply = _reply(connection, lambda: server.serve(command))
+        if reply is not None:
+            connection.send(reply)
+    server.close()
+
+
+def _listen(connection: protocol.Connection[protocol.Command], commands: queue.SimpleQueue[protocol.Command]) -> None:
+    """Hand commands to the main thread; end the whole process group when the owner is gone."""
+    try:
+        while True:
+            commands.put(connection.receive())
+    except Exception as error:  # noqa: BLE001  (whatever it was, nobody is left to serve)
+        print(f"connection to the owner ended: {type(error).__name__}: {error}", flush=True)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _reply(connection: protocol.Connection[protocol.Command], action: Callable[[], Any]) -> Any:
+    """The action's result; a failure is sent to the owner, who raises it, and None returned."""
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001  (raised again by the owner)
+        connection.send(protocol.Failed(type(error).__name__, str(error)))
+        return None
+
+
+class _Server:
+    """The engine and the handlers of its commands; everything runs on SGLang's own event loop."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            from zerokl.alignment.sglang import cpu_shims
+
+            cpu_shims.activate()
+        _skip_unused_models()
+        import sglang
+
+        self.config = config
+        self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
+        self.version = "default"
+        report = self._warm_up()
+        self.manifest = {
+            "engine": "sglang",
+            "stock": config.stock,
+            "hooks": report,
+            "config": {name: value for name, value in vars(config).items() if name != "log_path"},
+            "versions": _versions(),
+        }
+
+    def serve(self, command: protocol.Command) -> protocol.Message:
+        match command:
+            case protocol.Generate(requests):
+                return protocol.Generated(self._run(_generate(self.engine, requests)))
+            case protocol.LoadWeights(manifest, version):
+                return self._load(manifest, version)
+            case protocol.WeightsDigest():
+                return protocol.Digests(self._call_loader("digest", {}))
+            case protocol.FlipWeightBit(name, element, bit):
+                self._call_loader("flip_bit", {"name": name, "element": element, "bit": bit})
+                self._flush()
+                return protocol.Done()
+            case protocol.FlushCache():
+                self._flush()
+                return protocol.Done()
+        raise EngineError(f"unexpected command {type(command).__name__}")
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return self.engine.loop.run_until_complete(coroutine)
+
+    def _warm_up(self) -> dict[str, Any] | None:
+        """Run one prefill and one decode step, then check that every hook took part in both."""
+        self.engine.generate(input_ids=[0, 1], sampling_params={"max_new_tokens": 2, "ignore_eos": True})
+        self._flush()
+        if self.config.stock:
+            return None
+        from zerokl.alignment.sglang.hooks import check_report
+
+        report = self.engine.get_server_info()["internal_states"][0].get("zerokl")
+        check_report(report)
+        return report
+
+    def _load(self, manifest: str, version: str) -> protocol.Digests:
+        from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+
+        digests = self._call_loader("load", {"manifest": json.loads(manifest)})
+        self._flush()  # the cache holds keys and values of the old weights
+        self._run(self.engine.tokenizer_manager.update_weight_version(UpdateWeightVersionReqInput(new_version=version)))
+        return protocol.Digests(digests)
+
+    def _flush(self) -> None:
+        result = self.engine.flush_cache()
+        if not result.success:
+            raise EngineError(f"SGLang did not flush its cache: {result.message or 'requests are still running'}")
+
+    def _call_loader(self, function: str, request: dict[str, Any]) -> Any:
+        """Run one function of the weight loader on the live model, inside SGLang's weight-update window.
+
+        SGLang calls such a function with the model and the tensors sent, and drops what it returns. So the request
+        goes in as one small tensor of JSON, and the answer comes back in a file only this call knows.
+        """
+        import torch
+
+        answer = Path(tempfile.gettempdir()) / f"answer-{secrets.token_hex(8)}.json"
+        payload = torch.frombuffer(bytearray(json.dumps(request | {"answer": str(answer)}).encode()), dtype=torch.uint8)
+        _require("begin_weight_update", self.engine.begin_weight_update())
+        try:
+            sent = self.engine.update_weights_from_tensor(
+                [("request", payload)], load_format=f"{self.config.weight_loader}.{function}", flush_cache=False
+            )
+        finally:
+            ended = self.engine.end_weight_update()
+        _require("update_weights_from_tensor", sent)
+        _require("end_weight_update", ended)
+        try:
+            result = json.loads(answer.read_text())
+        finally:
+            answer.unlink(missing_ok=True)
+        if "error" in result:
+            raise EngineError(result["error"])
+        return result["result"]
+
+
+def _require(call: str, outcome: tuple[bool, str]) -> None:
+    """SGLang reports refusals as (False, message) and raises nothing."""
+    success, message = outcome
+    if not success:
+        raise EngineError(f"SGLang refused {call}: {message}")
+
+
+async def _generate(engine: Any, requests: Sequence[Request]) -> tuple[protocol.Tokens, ...]:
+    """Submit every request at its arrival time; the results come in the order of the requests."""
+
+    async def one(request: Request) -> dict[str, Any]:
+        await asyncio.sleep(request.arrival_s)
+        return await engine.async_generate(
+            input_ids=list(request.input_ids), sampling_params=_sampling_params(request), return_logprob=True
+        )
+
+    results = await asyncio.gather(*(one(request) for request in requests), return_exceptions=True)
+    for index, result in enumerate(results):
+        if isinstance(result, BaseException):
+            raise EngineError(f"request {index}: {type(result).__name__}: {result}") from result
+    return tuple(_tokens(index, result) for index, result in enumerate(results))  # type: ignore[arg-type]
+
+
+def _sampling_params(request: Request) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "sampling_seed": sampling.seed,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+    }
+
+
+def _tokens(index: int, result: dict[str, Any]) -> protocol.Tokens:
+    meta, ids = result["meta_info"], tuple(result["output_ids"])
+    reason = meta["finish_reason"]
+    if reason["type"] not in ("stop", "length"):
+        raise EngineError(f"request {index} ended by {reason['type']}: {reason.get('message', 'no reason given')}")
+    logprobs = [value for value, _, _ in meta["output_token_logprobs"]]
+    raw = meta.get(protocol.RAW_LOGPROB, [np.nan] * len(ids))  # stock engines report none
+    if not len(ids) == len(logprobs) == len(raw):
+        raise EngineError(f"request {index}: {len(ids)} tokens, {len(logprobs)} and {len(raw)} log-probabilities")
+    return protocol.Tokens(
+        output_ids=ids,
+        logprobs=np.array(logprobs, dtype="<f4").tobytes(),
+        raw_logprobs=np.array(raw, dtype="<f4").tobytes(),
+        finish_reason=reason["type"],
+        weight_version=meta["weight_version"],
+        cached_tokens=meta["cached_tokens"],
+    )
+
+
+def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
+    loaders = [f"{config.weight_loader}.{function}" for function in ("load", "digest", "flip_bit")]
+    args: dict[str, Any] = {
+        "model_path": config.model_path,
+        "dtype": config.dtype,
+        "skip_tokenizer_init": True,
+        "attention_backend": "torch_native" if config.stock else "zerokl",
+        "context_length": config.context_length + _SLACK,
+        "max_running_requests": config.max_running_requests,
+        "max_total_tokens": config.max_total_tokens + _SLACK * config.page_size,
+        "chunked_prefill_size": config.chunked_prefill_size,
+        "page_size": config.page_size,
+        "disable_radix_cache": not config.radix_cache,
+        "disable_overlap_schedule": True,  # log-probabilities leave the sampler as Python floats
+        "custom_weight_loader": loaders,
+        "log_level": "warning",
+    }
+    if config.disabled_hooks:
+        from zerokl.alignment.sglang.hooks import DISABLED_KEY
+
+        args["json_model_override_args"] = json.dumps({DISABLED_KEY: list(config.disabled_hooks)})
+    if on_cpu:
+        args |= {"device": "cpu", "disable_cuda_graph": True, "mem_fraction_static": 0.3}
+    return args
+
+
+def _skip_unused_models() -> None:
+    """Keep SGLang from importing its two hundred other model files, which takes seconds in each process."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        raise EngineError("SGLang is not installed: pip install sglang==0.5.23")
+    models = (Path(spec.origin).parent / "srt" / "models").glob("*.py")
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(m.stem for m in models if m.stem not in _MODEL_MODULES)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("sglang", "torch", "transformers", "zerokl")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
