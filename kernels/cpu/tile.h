@@ -49,25 +49,53 @@ static void micro_rows(int64_t kc, const float* a, int64_t a_step, const float* 
   }
 }
 
-ZK_INLINE void micro(int rows, int64_t kc, const float* a, int64_t a_step, const float* b, float* c, bool add) {
-  switch (rows) {
-    case 1: return micro_rows<1>(kc, a, a_step, b, c, add);
-    case 2: return micro_rows<2>(kc, a, a_step, b, c, add);
-    case 3: return micro_rows<3>(kc, a, a_step, b, c, add);
-    case 4: return micro_rows<4>(kc, a, a_step, b, c, add);
-#if defined(__AVX2__)
-    case 5: return micro_rows<5>(kc, a, a_step, b, c, add);
-    case 6: return micro_rows<6>(kc, a, a_step, b, c, add);
-#endif
 #if defined(__AVX512F__)
-    case 7: return micro_rows<7>(kc, a, a_step, b, c, add);
-    case 8: return micro_rows<8>(kc, a, a_step, b, c, add);
-    case 9: return micro_rows<9>(kc, a, a_step, b, c, add);
-    case 10: return micro_rows<10>(kc, a, a_step, b, c, add);
-    case 11: return micro_rows<11>(kc, a, a_step, b, c, add);
-    case 12: return micro_rows<12>(kc, a, a_step, b, c, add);
+#define ZK_ROWS(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12)
+#elif defined(__AVX2__)
+#define ZK_ROWS(F) F(1) F(2) F(3) F(4) F(5) F(6)
+#else
+#define ZK_ROWS(F) F(1) F(2) F(3) F(4)
 #endif
+ZK_INLINE void micro(int rows, int64_t kc, const float* a, int64_t a_step, const float* b, float* c, bool add) {
+#define ZK_CASE(R) \
+  case R: return micro_rows<R>(kc, a, a_step, b, c, add);
+  switch (rows) { ZK_ROWS(ZK_CASE) }
+#undef ZK_CASE
+}
+
+// micro_rows with b as pairs of bf16, [kc / 2][kNR] words: even k in the lower half, odd k in the upper. Widened on the way
+// into the chains, for panels that too few rows use to repay widening them in memory.
+template <int R>
+static void micro_pair_rows(int64_t kc, const float* a, int64_t a_step, const int32_t* b, float* c, bool add) {
+  vf acc[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    acc[r][0] = add ? load(c + r * kNR) : vf{};
+    acc[r][1] = add ? load(c + r * kNR + W) : vf{};
   }
+  for (int64_t k = 0; k < kc; k += 2) {
+    const vi p0 = *reinterpret_cast<const vi_u*>(b + k / 2 * kNR), p1 = *reinterpret_cast<const vi_u*>(b + k / 2 * kNR + W);
+    const vf even0 = as_float(p0 << 16), even1 = as_float(p1 << 16);
+    const vf odd0 = as_float(p0 & int32_t(0xffff0000)), odd1 = as_float(p1 & int32_t(0xffff0000));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      vf x = set1(a[k * a_step + r]), y = set1(a[(k + 1) * a_step + r]);
+      acc[r][0] = fma(y, odd0, fma(x, even0, acc[r][0]));
+      acc[r][1] = fma(y, odd1, fma(x, even1, acc[r][1]));
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    store(c + r * kNR, acc[r][0]);
+    store(c + r * kNR + W, acc[r][1]);
+  }
+}
+
+ZK_INLINE void micro_pairs(int rows, int64_t kc, const float* a, int64_t a_step, const int32_t* b, float* c, bool add) {
+#define ZK_CASE(R) \
+  case R: return micro_pair_rows<R>(kc, a, a_step, b, c, add);
+  switch (rows) { ZK_ROWS(ZK_CASE) }
+#undef ZK_CASE
 }
 
 ZK_INLINE vf load_any(const Matrix& m, int64_t offset) {
@@ -80,24 +108,27 @@ ZK_INLINE vf load_any_n(const Matrix& m, int64_t offset, int n) {
                 : load_n(static_cast<const float*>(m.data) + offset, n, 0.0f);
 }
 
-// In-register transpose of W x W words: log2(W) rounds, round s exchanging bit s of row and lane.
-template <class V>
-ZK_INLINE void transpose(V* x) {
-#pragma GCC unroll 4
-  for (int s = 1; s < W; s *= 2) {
-    vi low, high;
-    for (int l = 0; l < W; l++) {
-      low[l] = l & s ? W + l - s : l;
-      high[l] = l & s ? W + l : l + s;
-    }
+// In-register transpose of W x W words: log2(W) rounds, round S exchanging bit S of row and lane.
+template <int S, class V>
+ZK_INLINE void transpose_from(V* x) {
+  if constexpr (S < W) {
+    constexpr auto lane = [](int l, bool high) { return l & S ? W + l - (high ? 0 : S) : l + (high ? S : 0); };
+    vi low = {}, high = {};
+#pragma GCC unroll 16
+    for (int l = 0; l < W; l++) low[l] = lane(l, false), high[l] = lane(l, true);
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++)
-      if (!(i & s)) {
-        V a = x[i], b = x[i + s];
+      if (!(i & S)) {
+        V a = x[i], b = x[i + S];
         x[i] = __builtin_shuffle(a, b, low);
-        x[i + s] = __builtin_shuffle(a, b, high);
+        x[i + S] = __builtin_shuffle(a, b, high);
       }
+    transpose_from<2 * S>(x);
   }
+}
+template <class V>
+ZK_INLINE void transpose(V* x) {
+  transpose_from<1>(x);
 }
 
 // out[k][width] for k in [0, kc): `lines` lines (rows of A, columns of B or keys), each contiguous along k and starting at
@@ -129,6 +160,23 @@ static void pack_across(bool bf16, Line line, int lines, int64_t kc, int width, 
       for (int i = 0; i < W; i++) x[i] = i < n ? load_any_n({line(group + i), bf16, 0, 1}, k, left) : vf{};
       transpose(x);
       for (int i = 0; i < left; i++) store(out + (k + i) * width + group, x[i]);
+    }
+  }
+}
+
+// out[kc / 2][kNR]: bf16 columns as pairs for micro_pairs; kc a multiple of 2 W.
+template <class Line>
+static void pack_pairs(Line line, int lines, int64_t kc, int32_t* out) {
+  for (int group = 0; group < kNR; group += W) {
+    const int n = lines - group < W ? lines - group : W;
+    for (int64_t k = 0; k < kc; k += 2 * W) {
+      vi x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++)
+        x[i] = i < n ? *reinterpret_cast<const vi_u*>(static_cast<const uint16_t*>(line(group + i)) + k) : vi{};
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) *reinterpret_cast<vi_u*>(out + (k / 2 + i) * kNR + group) = x[i];
     }
   }
 }

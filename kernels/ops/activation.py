@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 
-from ._common import check, check_bf16, ops
+from ._common import check, check_bf16, needs_grad, ops
+
+
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
+    ops.silu_and_mul(x, y)
+    return y
 
 
 class _SiluAndMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
-        ops.silu_and_mul(x, y)
-        return y
+        return _silu_and_mul(x)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -36,4 +40,5 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
         "silu_and_mul",
         f"x {tuple(x.shape)} must end in an even size",
     )
-    return _SiluAndMul.apply(x.contiguous())
+    x = x.contiguous()
+    return _SiluAndMul.apply(x) if needs_grad(x) else _silu_and_mul(x)

@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, ops
+from ._common import WeightGrad, check, check_bf16, needs_grad, ops
+
+
+def _linear(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, segments: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    y = torch.empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
+    ops.linear(x, w, None if bias is None else bias.float(), segments, y)
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -16,9 +24,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, w)
         ctx.weight, ctx.bias = w, bias
-        y = torch.empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
-        ops.linear(x, w, None if bias is None else bias.float(), segments, y)
-        return y
+        return _linear(x, w, bias, segments, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -79,7 +85,14 @@ def linear(
         f"segments={segments} must be a power of two that divides K={w.shape[1]}",
     )
     check(w.is_contiguous(), "linear", "w must be contiguous")
-    return _Linear.apply(x.contiguous(), w, bias, segments, out_dtype)
+    forward = _Linear.apply if needs_grad(x, w, bias) else _linear
+    return forward(x.contiguous(), w, bias, segments, out_dtype)
+
+
+def _embedding(ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = torch.empty((*ids.shape, w.shape[1]), dtype=w.dtype)
+    ops.embedding(ids, w, y)
+    return y
 
 
 class _Embedding(torch.autograd.Function):
@@ -87,9 +100,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(ids)
         ctx.weight = w
-        y = torch.empty((*ids.shape, w.shape[1]), dtype=w.dtype)
-        ops.embedding(ids, w, y)
-        return y
+        return _embedding(ids, w)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
@@ -112,4 +123,5 @@ def embedding(ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         f"ids are {ids.dtype}; supported: integers",
     )
     check(w.dim() == 2 and w.is_contiguous(), "embedding", "w must be a contiguous [V, H]")
-    return _Embedding.apply(ids.to(torch.int64).contiguous(), w)
+    forward = _Embedding.apply if needs_grad(w) else _embedding
+    return forward(ids.to(torch.int64).contiguous(), w)

@@ -6,15 +6,22 @@ from typing import Any, overload
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, ops
+from ._common import WeightGrad, check, check_bf16, needs_grad, ops
+
+
+def _rms_norm(
+    x: torch.Tensor, w: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    y = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    ops.rms_norm(x, residual, w, eps, y, total)
+    return y, total
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, eps: float, residual: torch.Tensor | None) -> Any:
-        y = torch.empty_like(x)
-        total = None if residual is None else torch.empty_like(x)
-        ops.rms_norm(x, residual, w, eps, y, total)
+        y, total = _rms_norm(x, w, eps, residual)
         ctx.save_for_backward(x if total is None else total, w)
         ctx.weight, ctx.eps, ctx.has_residual = w, eps, residual is not None
         return y if total is None else (y, total)
@@ -65,10 +72,10 @@ def rms_norm(
         "rms_norm",
         f"x {tuple(x.shape)} does not fit w {tuple(w.shape)}",
     )
+    check(w.is_contiguous(), "rms_norm", "w must be contiguous")
     check(residual is None or residual.shape == x.shape, "rms_norm", "residual must have x's shape")
-    return _RmsNorm.apply(
-        x.contiguous(),
-        w.contiguous() if not w.is_contiguous() else w,
-        eps,
-        None if residual is None else residual.contiguous(),
-    )
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    if needs_grad(x, w, residual):
+        return _RmsNorm.apply(x, w, eps, residual)
+    y, total = _rms_norm(x, w, eps, residual)
+    return y if total is None else (y, total)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._common import check, check_bf16, ops
+from ._common import check, check_bf16, needs_grad, ops
 
 
 @lru_cache(maxsize=16)
@@ -71,4 +71,7 @@ def rotary(
         "rotary",
         "table must be fp32 [positions, rotary_dim <= D]",
     )
-    return _Rotary.apply(q, k, positions.to(torch.int64).contiguous(), table.contiguous())
+    positions, table = positions.to(torch.int64).contiguous(), table.contiguous()
+    if needs_grad(q, k):
+        return _Rotary.apply(q, k, positions, table)
+    return _turn(q, positions, table, False), _turn(k, positions, table, False)
