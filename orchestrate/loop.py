@@ -26,6 +26,7 @@ from zerokl.orchestrate.progress import Progress
 from zerokl.orchestrate.run_folder import Checkpoint, RunFolder
 from zerokl.orchestrate.samples import Sample, plan
 from zerokl.orchestrate.trainer import TrainReport
+from zerokl.weightsync.push import SyncReport
 
 
 def train(prepared: Prepared, *, resume: bool) -> bool:
@@ -169,9 +170,11 @@ class Driver:
         call = self.actors.trainer.step.remote(bare, self.config.algorithm, learning_rate)
         return self.actors.wait(call, f"training of step {number}")
 
-    def _sync(self, number: int) -> Any:
-        """Push the trainer's weights into the engine and compare both sides' digests."""
-        raise NotImplementedError
+    def _sync(self, number: int) -> SyncReport:
+        """Push the trainer's weights into the engine; both sides' digests are compared."""
+        actors, self.version = self.actors, str(number)
+        call = actors.trainer.push.remote(actors.rollout, self.version, self.config.run.step_timeout_s)
+        return actors.wait(call, f"the weights of step {number} to reach the engine")
 
     def _learning_rate(self, number: int) -> float:
         warmup = self.config.train.warmup_steps

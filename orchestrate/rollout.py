@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from zerokl.alignment.sglang.config import EngineConfig
     from zerokl.alignment.types import Generation, Request
 
+_DIGEST_TIMEOUT_S = 60.0
+
 
 class Rollout:
     """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
@@ -24,11 +26,15 @@ class Rollout:
 
     def describe(self) -> tuple[dict[str, Any], dict[str, str]]:
         """(manifest, weights digest)."""
-        return self.engine.manifest(), self.engine.weights_digest()
+        return self.engine.manifest(), self.engine.weights_digest(timeout_s=_DIGEST_TIMEOUT_S)
 
     def generate(self, requests: Sequence[Request], timeout_s: float) -> list[Generation]:
         """One generation per request, in order."""
         return self.engine.generate(requests, timeout_s=timeout_s)
+
+    def load_weights(self, manifest: str, version: str, timeout_s: float) -> dict[str, str]:
+        """Load published weights; returns the digests of the engine's live parameters."""
+        return self.engine.load_weights(manifest, version=version, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Stop the engine's process and wait for it."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
+    from zerokl.weightsync.push import SyncReport
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ class Trainer:
             scored += _split(samples, batch, self.policy.logprobs(packed).detach())
         return scored
 
+    def push(self, rollout: Any, version: str, timeout_s: float) -> SyncReport:
+        """Put the current weights into the engine of the `rollout` actor; both sides' digests are compared."""
+        from zerokl.weightsync.push import push
+
+        return push(self.policy.named_weights(), _Remote(rollout), version=version, timeout_s=timeout_s)
+
     def save(self, folder: Path) -> dict[str, str]:
         """Write a policy checkpoint; returns the digest of the weights in it."""
         self.policy.save(folder)
@@ -103,6 +110,21 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the current weights as a Hugging Face folder."""
         self.policy.export_hf(folder)
+
+
+class _Remote:
+    """The rollout actor's engine, as `weightsync.push` sees an engine. Only the manifest travels through Ray."""
+
+    def __init__(self, rollout: Any) -> None:
+        self._rollout = rollout
+
+    def load_weights(self, manifest: str, *, version: str, timeout_s: float) -> dict[str, str]:
+        import ray
+
+        try:
+            return ray.get(self._rollout.load_weights.remote(manifest, version, timeout_s), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TimeoutError(f"waited {timeout_s:g} s for the engine to load weights {version!r}") from error
 
 
 def _optimizer(train: TrainTable) -> Any:
