@@ -10,7 +10,7 @@ from ._common import check, ops, per_row
 
 
 class Sampled(NamedTuple):
-    """token int64 [T]; logprob fp32 [T] under the sampled distribution; raw_logprob fp32 [T] at temperature 1, unfiltered."""
+    """token int64 [T]; logprob fp32 [T], as sampled; raw_logprob fp32 [T], at temperature 1 without filters."""
 
     token: torch.Tensor
     logprob: torch.Tensor

@@ -1,0 +1,46 @@
+"""Data that finds rounding mistakes: integer hashes with cancellation, wide exponents, subnormals, ties and signed zeros."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def hashed(*shape: int, seed: int, kind: str = "plain") -> torch.Tensor:
+    """A bf16 tensor from an integer hash. Kinds: plain (|x| around 1), wide (2^-20..2^20), tiny (subnormals), cancel."""
+    n = int(np.prod(shape)) if shape else 1
+    i = np.arange(n, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+    i = (i ^ (i >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    i = (i ^ (i >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    i ^= i >> np.uint64(31)
+    unit = (i >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0
+    if kind == "wide":
+        unit = unit * 2.0 ** ((i % np.uint64(41)).astype(np.float64) - 20)
+    elif kind == "tiny":
+        unit = unit * 2.0**-126
+    elif kind == "cancel":
+        # neighbours that nearly cancel, with exact ties and both zeros sprinkled in
+        unit = np.where(np.arange(n) % 2 == 1, -np.roll(unit, 1) * (1 + 2.0**-8), unit)
+        unit = np.where(i % np.uint64(11) == 0, 0.0, unit)
+        unit = np.where(i % np.uint64(13) == 0, -0.0, unit)
+    elif kind != "plain":
+        raise ValueError(kind)
+    return torch.from_numpy(unit.astype(np.float32)).reshape(shape).bfloat16()
+
+
+def f32(t: torch.Tensor) -> np.ndarray:
+    """A tensor as the fp32 array the reference takes."""
+    return t.detach().float().numpy()
+
+
+def assert_same_bits(actual: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray, what: str) -> None:
+    """Byte equality (NaN equals NaN); names the first element that differs."""
+    a = f32(actual) if isinstance(actual, torch.Tensor) else np.asarray(actual, dtype=np.float32)
+    b = f32(expected) if isinstance(expected, torch.Tensor) else np.asarray(expected, dtype=np.float32)
+    assert a.shape == b.shape, f"{what}: shapes {a.shape} and {b.shape}"
+    differ = (np.ascontiguousarray(a).view(np.uint32) != np.ascontiguousarray(b).view(np.uint32)) & ~(
+        np.isnan(a) & np.isnan(b)
+    )
+    if differ.any():
+        at = tuple(int(x) for x in np.argwhere(differ)[0])
+        raise AssertionError(f"{what}: {int(differ.sum())} of {a.size} differ, first at {at}: {a[at]!r} != {b[at]!r}")

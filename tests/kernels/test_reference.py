@@ -1,0 +1,289 @@
+"""Every compiled op equals the scalar-order reference in every byte, on every instruction set, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+from data import assert_same_bits, f32, hashed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zerokl import kernels
+from zerokl.kernels.ops._common import ops
+from zerokl.kernels.reference import activation as ref_activation
+from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import attention as ref_attention
+from zerokl.kernels.reference import linear as ref_linear
+from zerokl.kernels.reference import logprob as ref_logprob
+from zerokl.kernels.reference import norm as ref_norm
+from zerokl.kernels.reference import rotary as ref_rotary
+from zerokl.kernels.reference import sampling as ref_sampling
+
+KINDS = ["plain", "wide", "cancel", "tiny"]
+KIND = st.sampled_from(KINDS)
+# the fixture only selects code paths; reusing it across examples is what we want
+drawn = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def gradients(out, *leaves, seed=99):
+    """Backpropagate a hashed gradient through out; returns (that gradient, gradients of the leaves)."""
+    grad = hashed(*out.shape, seed=seed).to(out.dtype)
+    return grad, torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize("name", ["exp2", "log2"])
+def test_elementary(isa, name):
+    special = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        1.0,
+        -1.0,
+        0.5,
+        -149.5,
+        -150.0,
+        127.99,
+        128.0,
+        1e-45,
+        1e-38,
+        3.4e38,
+        -3.0,
+    ]
+    x = np.concatenate([np.array(special), np.linspace(-160, 140, 5001), 2.0 ** np.linspace(-149, 127, 3001)]).astype(
+        np.float32
+    )
+    y = torch.empty(len(x))
+    getattr(ops, name)(torch.from_numpy(x), y)
+    expected = getattr(arith, name)(x)
+    assert_same_bits(y, expected, name)
+    with np.errstate(all="ignore"):
+        true = getattr(np, name)(x.astype(np.float64))
+    ok = np.isfinite(true) & (np.abs(true) > 1e-30) & (np.abs(true) < 3e38)
+    assert np.max(np.abs(expected[ok] - true[ok]) / np.maximum(np.abs(true[ok]), 1e-3)) < 4e-7
+    assert expected[0] == (1.0 if name == "exp2" else -np.inf)
+
+
+def test_fma_reference_rounds_once():
+    """The reference's own fma against exact rational arithmetic."""
+    from fractions import Fraction
+
+    a, b, c = (f32(hashed(400, seed=s, kind="wide")) * np.float32(1 + 2.0**-12) for s in (1, 2, 3))
+    c = np.where(np.arange(400) % 3 == 0, -(a * b), c).astype(np.float32)
+    got = arith.fma(a, b, c)
+    for i in range(400):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        near = [got[i], np.nextafter(got[i], np.float32(np.inf)), np.nextafter(got[i], np.float32(-np.inf))]
+        assert min(near, key=lambda v: abs(Fraction(float(v)) - exact)) == got[i]
+
+
+@drawn
+@given(
+    m=st.sampled_from([1, 2, 3, 11, 12, 13, 17, 49, 65]),
+    n=st.integers(1, 70),
+    k=st.integers(1, 150),
+    kind=KIND,
+    bias=st.booleans(),
+    fp32=st.booleans(),
+)
+def test_linear(isa, m, n, k, kind, bias, fp32):
+    x, w = hashed(m, k, seed=1, kind=kind).requires_grad_(), hashed(n, k, seed=2, kind=kind).requires_grad_()
+    b = hashed(n, seed=3) if bias else None
+    y = kernels.linear(x, w, b, out_dtype=torch.float32 if fp32 else None)
+    assert_same_bits(y, ref_linear.linear(f32(x), f32(w), None if b is None else f32(b), round_output=not fp32), "y")
+    dy, (dx, dw) = gradients(y, x, w)
+    expected_dx, expected_dw = ref_linear.linear_backward(f32(x), f32(w), f32(dy), np.zeros((n, k), np.float32))
+    assert_same_bits(dx, expected_dx, "dx")
+    assert_same_bits(dw, arith.bf16(expected_dw), "dw")
+
+
+@pytest.mark.parametrize("m", [129, 257, 2049])
+def test_linear_many_rows(isa, m):
+    x, w = hashed(m, 40, seed=4, kind="cancel"), hashed(37, 40, seed=5)
+    assert_same_bits(kernels.linear(x, w), ref_linear.linear(f32(x), f32(w)), "y")
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4, 8])
+@pytest.mark.parametrize("m", [1, 7, 40])
+def test_linear_segments(isa, m, segments):
+    x, w = hashed(m, 8 * 37, seed=6, kind="cancel"), hashed(45, 8 * 37, seed=7)
+    y = kernels.linear(x, w, segments=segments, out_dtype=torch.float32)
+    assert_same_bits(y, ref_linear.linear(f32(x), f32(w), segments=segments, round_output=False), "y")
+
+
+def test_linear_main_grad_continues_the_chain(isa):
+    """Two micro-batches into main_grad equal one batch: the chain over tokens is only cut, never reordered."""
+    x, w = hashed(50, 33, seed=8), torch.nn.Parameter(hashed(20, 33, seed=9))
+    w.main_grad = torch.zeros(20, 33)
+    dy = hashed(50, 20, seed=10)
+    for part in (slice(0, 13), slice(13, 50)):
+        kernels.linear(x[part], w).backward(dy[part])
+    _, expected = ref_linear.linear_backward(f32(x), f32(w), f32(dy), np.zeros((20, 33), np.float32))
+    assert_same_bits(w.main_grad, expected, "main_grad")
+    assert w.grad_added_to_main_grad
+
+
+def test_linear_bias_gradient(isa):
+    x, w, b = hashed(19, 8, seed=1), hashed(21, 8, seed=2), hashed(21, seed=3).requires_grad_()
+    dy, (db,) = gradients(kernels.linear(x, w, b), b)
+    expected = np.zeros(21, np.float32)
+    for row in f32(dy):
+        expected = expected + row
+    assert_same_bits(db, arith.bf16(expected), "db")
+
+
+def test_embedding(isa):
+    ids, w = torch.tensor([3, 1, 3, 0, 3]), hashed(5, 70, seed=11).requires_grad_()
+    y = kernels.embedding(ids, w)
+    assert_same_bits(y, ref_linear.embedding(ids.numpy(), f32(w)), "y")
+    dy, (dw,) = gradients(y, w)
+    assert_same_bits(
+        dw, arith.bf16(ref_linear.embedding_backward(ids.numpy(), f32(dy), np.zeros((5, 70), np.float32))), "dw"
+    )
+    with pytest.raises(RuntimeError, match="outside"):
+        kernels.embedding(torch.tensor([5]), w)
+
+
+@drawn
+@given(rows=st.sampled_from([1, 3, 17, 33]), n=st.integers(1, 300), kind=KIND, residual=st.booleans())
+def test_rms_norm(isa, rows, n, kind, residual):
+    x, w = hashed(rows, n, seed=1, kind=kind).requires_grad_(), hashed(n, seed=2).requires_grad_()
+    r = hashed(rows, n, seed=3, kind=kind) if residual else None
+    eps = 1e-5
+    out = kernels.rms_norm(x, w, eps, residual=r) if residual else (kernels.rms_norm(x, w, eps), None)
+    y, s = ref_norm.rms_norm(f32(x), f32(w), eps, None if r is None else f32(r))
+    assert_same_bits(out[0], y, "y")
+    dy, ds = hashed(rows, n, seed=4), hashed(rows, n, seed=5)
+    if residual:
+        assert_same_bits(out[1], s, "sum")
+        dx, dw = torch.autograd.grad(out, (x, w), (dy, ds))
+    else:
+        dx, dw = torch.autograd.grad(out[0], (x, w), dy)
+    expected = ref_norm.rms_norm_backward(
+        s, f32(w), eps, f32(dy), f32(ds) if residual else None, np.zeros(n, np.float32)
+    )
+    assert_same_bits(dx, expected[0], "dx")
+    assert_same_bits(dw, arith.bf16(expected[1]), "dw")
+
+
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (80, 80), (128, 64), (6, 6)])
+def test_rotary(isa, dim, rotary_dim):
+    table = kernels.rotary_table(50, rotary_dim, 1e4)
+    positions = torch.arange(20) * 7 % 50
+    wide = hashed(20, 5, dim + 3, seed=1, kind="cancel").requires_grad_()  # a strided view, as from a fused projection
+    q, k = wide[:, :3, :dim], wide[:, 3:, :dim]
+    qr, kr = kernels.rotary(q, k, positions, table)
+    for got, x in ((qr, q), (kr, k)):
+        assert_same_bits(got, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy()), "rotary")
+    dq = hashed(20, 3, dim, seed=2)
+    (dwide,) = torch.autograd.grad(qr, wide, dq)
+    assert_same_bits(
+        dwide[:, :3, :dim], ref_rotary.rotary(f32(dq), positions.numpy(), table.numpy(), inverse=True), "dq"
+    )
+
+
+@drawn
+@given(rows=st.sampled_from([1, 5, 33]), n=st.integers(1, 90), kind=KIND)
+def test_silu_and_mul(isa, rows, n, kind):
+    x = hashed(rows, 2 * n, seed=1, kind=kind).requires_grad_()
+    y = kernels.silu_and_mul(x)
+    assert_same_bits(y, ref_activation.silu_and_mul(f32(x)), "y")
+    dy, (dx,) = gradients(y, x)
+    assert_same_bits(dx, ref_activation.silu_and_mul_backward(f32(x), f32(dy)), "dx")
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 3, 1), (80, 2, 2), (128, 16, 1)])
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 5), (False, 0)])
+def test_attention_varlen(isa, dim, heads, kv_heads, causal, window):
+    lengths = [1, 13, 0, 70] if (dim, heads, window) == (64, 3, 0) else [1, 9]
+    cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    total, scale = sum(lengths), dim**-0.5
+    q = hashed(total, heads, dim, seed=1).requires_grad_()
+    k, v = (
+        hashed(total, kv_heads, dim, seed=s, kind=kind).requires_grad_() for s, kind in ((2, "plain"), (3, "cancel"))
+    )
+    out = kernels.attention_varlen(q, k, v, cu, scale=scale, causal=causal, window=window or None)
+    dout, grads = gradients(out, q, k, v)
+    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+        if a == b:
+            continue
+        part = [f32(t[a:b]) for t in (q, k, v)]
+        options = {"scale": scale, "causal": causal, "window": window}
+        expected, lse = ref_attention.attention(*part, **options)
+        assert_same_bits(out[a:b], expected, "out")
+        backward = ref_attention.attention_backward(*part, expected, lse, f32(dout[a:b]), **options)
+        for name, got, want in zip(("dq", "dk", "dv"), grads, backward, strict=True):
+            assert_same_bits(got[a:b], want, name)
+
+
+def test_attention_across_segments(isa):
+    """A sequence longer than one 1,024-key segment: the last rows only, against the reference's merge."""
+    n, scale = 1024 + 70, 0.25
+    q, k, v = (hashed(n, 1, 64, seed=s) for s in (1, 2, 3))
+    out = kernels.attention_varlen(q, k, v, torch.tensor([0, n], dtype=torch.int32), scale=scale)
+    for row in (1022, 1023, 1024, 1025, n - 1):
+        expected, _ = ref_attention.attend_row(f32(q[row, 0]), f32(k[:, 0]), f32(v[:, 0]), 0, row + 1, scale)
+        assert_same_bits(out[row, 0], arith.bf16(expected), f"row {row}")
+
+
+SAMPLING = [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.9, 0), (0.8, 1.0, 5), (0.6, 0.5, 20), (1.0, 1e-6, 0)]
+
+
+@pytest.mark.parametrize("vocab", [3, 8, 300, 2500])
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), SAMPLING)
+def test_selected_logprob(isa, vocab, temperature, top_p, top_k):
+    rows, width = 5, 24
+    hidden, w = hashed(rows, width, seed=1).requires_grad_(), hashed(vocab, width, seed=2).requires_grad_()
+    logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    targets = [ref_sampling.sample_row(z, seed=7, position=i, **options) for i, z in enumerate(logits)]
+    got = kernels.selected_logprob(hidden, w, torch.tensor(targets), **options, entropy=True)
+    expected = [ref_logprob.logprob_row(z, t, **options) for z, t in zip(logits, targets, strict=True)]
+    assert_same_bits(got.logprob, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(got.entropy, np.array([e[1] for e in expected]), "entropy")
+    from_logits = kernels.logprob_from_logits(torch.from_numpy(logits), torch.tensor(targets), **options)
+    assert_same_bits(from_logits, got.logprob, "from logits")
+    grad = np.array([0.5, -2.0, 0.0, 1.0, 3.0], np.float32)
+    dhidden, dw = torch.autograd.grad(got.logprob, (hidden, w), torch.from_numpy(grad))
+    dz = np.stack(
+        [ref_logprob.logits_gradient(z, t, g, **options) for z, t, g in zip(logits, targets, grad, strict=True)]
+    )
+    assert_same_bits(dhidden, arith.bf16(arith.chain(dz, f32(w))), "dhidden")
+    assert_same_bits(dw, arith.bf16(arith.chain(dz.T, f32(hidden))), "dw")
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [*SAMPLING, (0.0, 1.0, 0)])
+def test_sample(isa, temperature, top_p, top_k):
+    logits = f32(hashed(12, 700, seed=3)) * np.float32(6)
+    logits[3, 100:110] = logits[3].max() + 1  # ties
+    seeds, positions = np.arange(12) * (1 << 33) - 5, np.arange(12) + (1 << 31)
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    got = kernels.sample(
+        torch.from_numpy(logits), seed=torch.from_numpy(seeds), position=torch.from_numpy(positions), **options
+    )
+    expected = [
+        ref_sampling.sample_row(z, int(s), int(p), **options) for z, s, p in zip(logits, seeds, positions, strict=True)
+    ]
+    assert got.token.tolist() == expected
+    scored = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
+    assert_same_bits(
+        got.logprob,
+        np.array([ref_logprob.logprob_row(z, t, **scored)[0] for z, t in zip(logits, expected, strict=True)]),
+        "logprob",
+    )
+    assert_same_bits(
+        got.raw_logprob,
+        np.array([ref_logprob.logprob_row(z, t)[0] for z, t in zip(logits, expected, strict=True)]),
+        "raw",
+    )
+
+
+def test_sample_follows_the_distribution():
+    """A chi-square-like bound on 20,000 draws of a 6-way distribution: the sampler samples what the log-prob says."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5, -3.0]]).expand(20000, 6).contiguous()
+    token = kernels.sample(logits, seed=torch.full((20000,), 3), position=torch.arange(20000)).token
+    counts = torch.bincount(token, minlength=6).double() / 20000
+    p = torch.softmax(logits[0].double(), 0)
+    assert ((counts - p) ** 2 / p).sum() * 20000 < 25  # 5 degrees of freedom: exceeded once in 7,000 seeds
