@@ -19,6 +19,11 @@ def cores(threads: int | None) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
+def claimed(config: Config) -> int:
+    """CPUs that a rollout and a trainer actor claim together."""
+    return cores(config.rollout.threads) + cores(config.train.threads)
+
+
 def engine_config(config: Config, model: Path, *, stock: bool = False) -> EngineConfig:
     """The rollout table as the engine's own configuration."""
     rollout = config.rollout
@@ -49,16 +54,16 @@ class Actors:
         rollout_log, trainer_log = (logs / name for name in names)
         timeout = config.run.start_timeout_s
         train = config.train.model_copy(update={"threads": cores(config.train.threads)})
-        self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote(
-            engine_config(config, model, stock=stock), rollout_log, start_timeout_s=timeout
+        # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
+        self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
+        self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
+        started = (
+            self.rollout.start.remote(engine_config(config, model, stock=stock), rollout_log, timeout),
+            self.trainer.start.remote(model, train, trainer_log, stock=stock),
         )
-        self.trainer = ray.remote(num_cpus=train.threads)(Trainer).remote(
-            model, train, trainer_log, scoring_only=stock, stock=stock
-        )
-        described = self.rollout.describe.remote(), self.trainer.describe.remote()
         self.manifests: dict[str, Any] = {}
         self.digests: dict[str, dict[str, str]] = {}
-        for name, reference in zip(("engine", "trainer"), described, strict=True):
+        for name, reference in zip(("engine", "trainer"), started, strict=True):
             self.manifests[name], self.digests[name] = self.wait(reference, f"the {name} to start", timeout)
 
     def wait(self, reference: Any, what: str, timeout_s: float | None = None) -> Any:

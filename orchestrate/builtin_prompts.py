@@ -18,6 +18,7 @@ _EVERY_S = 0.25
 
 _SUBJECTS = ("The river", "A small robot", "My neighbour", "The night train", "An old map", "Every second number")
 _VERBS = ("crosses", "remembers", "counts", "repairs", "almost forgets", "is longer than")
+_NOTHING: tuple[int, ...] = ()
 _OBJECTS = ("the bridge", "seven apples", "a quiet village", "the answer", "its own shadow", "3 * 14 + 2")
 
 
@@ -40,7 +41,7 @@ def _prompt(tokenizer: Tokenizer, rng: random.Random, length: int) -> tuple[int,
     """Exactly `length` tokens (at least 1)."""
     if not tokenizer.exists:
         return tuple(rng.randrange(tokenizer.vocab_size) for _ in range(length))
-    text, ids = "", ()
+    text, ids = "", _NOTHING
     while len(ids) < length:
         text += f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)} {rng.choice(_OBJECTS)}. "
         ids = tokenizer.encode(Task(0, text), template=None, longest=10**6)

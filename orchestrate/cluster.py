@@ -21,14 +21,23 @@ Waiting = Callable[[str, float], None]
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[None]:
+def cluster(folder: Path, *, cpus: int) -> Iterator[None]:
     """Ray for the length of the block: 127.0.0.1 only, a token of its own, no dashboard, no usage report.
+
+    `cpus`: what its actors may claim together; they take turns, so this may exceed the machine's.
 
     `folder` (the run's) becomes the directory that Ray puts on its workers' import path in place of the current one:
     a checkout there would expose its folders as top-level modules.
     """
     # Ray reads these from the environment only, and hands them to its own processes
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # despite its name: with it off, Ray keeps 127.0.0.1 as the node's address instead of looking up an outer one,
+        # and its servers listen on that address alone
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     import ray
 
@@ -38,7 +47,7 @@ def cluster(folder: Path) -> Iterator[None]:
         with contextlib.chdir(folder):
             ray.init(
                 address="local",
-                num_cpus=max(2, os.cpu_count() or 1),
+                num_cpus=cpus,
                 num_gpus=0 if not os.environ.get("CUDA_VISIBLE_DEVICES") else None,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,

@@ -33,17 +33,19 @@ class ModelTable(Table):
 class RolloutTable(Table):
     """How responses are sampled, and how the engine is laid out."""
 
-    prompts_per_step: int = Field(8, ge=1)
-    group_size: int = Field(8, ge=2, description="responses per prompt: GRPO compares them with each other")
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0, le=10, description="0 (greedy) gives equal responses: nothing to learn from")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 switches the filter off; 1 would be greedy")
-    max_prompt_tokens: int = Field(512, ge=1)
-    max_running_requests: int = Field(64, ge=1)
-    chunked_prefill_tokens: int = Field(512, ge=16)
-    kv_cache_tokens: int = Field(16384, ge=64)
-    threads: int | None = Field(None, ge=1, description="default: all cores (rollout and training take turns)")
+    prompts_per_step: int = Field(default=8, ge=1)
+    group_size: int = Field(default=8, ge=2, description="responses per prompt: GRPO compares them with each other")
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(
+        default=1.0, gt=0, le=10, description="0 (greedy) gives equal responses: nothing to learn from"
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 switches the filter off; 1 would be greedy")
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    max_running_requests: int = Field(default=64, ge=1)
+    chunked_prefill_tokens: int = Field(default=512, ge=16)
+    kv_cache_tokens: int = Field(default=16384, ge=64)
+    threads: int | None = Field(default=None, ge=1, description="default: all cores (rollout and training take turns)")
 
     @model_validator(mode="after")
     def _possible(self) -> RolloutTable:
@@ -58,15 +60,15 @@ class TrainTable(Table):
     """The optimizer (Adam) and how a step's tokens are cut into micro-batches."""
 
     steps: int = Field(ge=1)
-    learning_rate: float = Field(1e-6, gt=0, le=1)
-    warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    microbatch_tokens: int = Field(2048, ge=1)
+    learning_rate: float = Field(default=1e-6, gt=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    microbatch_tokens: int = Field(default=2048, ge=1)
     recompute: bool = False
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _betas(self) -> TrainTable:
@@ -79,8 +81,8 @@ class AlgorithmTable(Table):
     """GRPO (see `orchestrate/algorithms/grpo.py` for the formulas)."""
 
     name: Literal["grpo"] = "grpo"
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    clip_high: float = Field(default=0.2, ge=0)
     normalize_std: bool = True
 
 
@@ -106,27 +108,29 @@ class RewardTable(Table):
 
     function: str = Field(min_length=1)
     options: Options = {}
-    timeout_s: float = Field(60.0, gt=0, description="for one step's responses together")
+    timeout_s: float = Field(default=60.0, gt=0, description="for one step's responses together")
 
 
 class ControlTable(Table):
     """The same comparison with the engines' own kernels, once after training: what the difference would have been."""
 
     enabled: bool = False
-    samples: int = Field(16, ge=1)
+    samples: int = Field(default=16, ge=1)
 
 
 class RunTable(Table):
     """Seed, checkpoints, deadlines and sinks."""
 
-    directory: str = Field("runs/run", min_length=1)
-    seed: int = Field(0, ge=0, lt=2**31)
-    checkpoint_every: int = Field(10, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    directory: str = Field(default="runs/run", min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    checkpoint_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = False
-    stop_on_mismatch: bool = Field(True, description="end the run (exit 1) at the first token whose bits differ")
-    start_timeout_s: float = Field(300.0, gt=0)
-    step_timeout_s: float = Field(1800.0, gt=0)
+    stop_on_mismatch: bool = Field(
+        default=True, description="end the run (exit 1) at the first token whose bits differ"
+    )
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    step_timeout_s: float = Field(default=1800.0, gt=0)
 
 
 class Config(Table):

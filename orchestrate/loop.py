@@ -15,7 +15,7 @@ import numpy as np
 
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import control, report, rewards
-from zerokl.orchestrate.actors import Actors
+from zerokl.orchestrate.actors import Actors, claimed
 from zerokl.orchestrate.algorithms import grpo
 from zerokl.orchestrate.cluster import cluster
 from zerokl.orchestrate.errors import RunError
@@ -32,9 +32,9 @@ from zerokl.weightsync.push import SyncReport
 def train(prepared: Prepared, *, resume: bool) -> bool:
     """Run the recipe to its last step; False if a stop was asked for before it. Raises UserError and RunError."""
     config = prepared.config
-    with RunFolder(Path(config.run.directory)) as folder, Progress() as progress:
+    with RunFolder(Path(config.run.directory).resolve()) as folder, Progress() as progress:
         checkpoint = folder.begin(config, resume=resume)
-        with StopRequest(progress.note) as stop, cluster(folder.path):
+        with StopRequest(progress.note) as stop, cluster(folder.path, cpus=claimed(config)):
             finished = _steps(prepared, folder, progress, checkpoint, stop)
             if finished and config.control.enabled:
                 control.measure(prepared, folder, progress)
@@ -105,13 +105,13 @@ class Driver:
     def step(self, number: int) -> StepMetrics:
         """One step: returns its metrics; the weights of both sides are equal again when it returns."""
         began = time.perf_counter()
-        samples, scores, timing = self._sample(number)
+        samples, scores, rollout_s, reward_s = self._sample(number)
         kept = [s for s in samples if not math.isnan(s.advantage)]
         if not kept:
             raise RunError(f"step {number}: every sample was dropped; the first error: {scores.errors[0]}")
         learning_rate = self._learning_rate(number)
-        result, timing["train_s"] = _timed(lambda: self._train(number, kept, learning_rate))
-        report, timing["sync_s"] = _timed(lambda: self._sync(number))
+        result, train_s = _timed(lambda: self._train(number, kept, learning_rate))
+        synced, sync_s = _timed(lambda: self._sync(number))
         step_s = time.perf_counter() - began
         return StepMetrics(
             step=number,
@@ -119,10 +119,13 @@ class Driver:
             loss=result.loss,
             grad_norm=result.grad_norm,
             step_s=step_s,
-            sync_bytes=report.bytes,
+            sync_bytes=synced.bytes,
             tokens_per_s=sum(len(s.generation.output_ids) for s in samples) / step_s,
             weight_version=self.version,
-            **timing,
+            rollout_s=rollout_s,
+            reward_s=reward_s,
+            train_s=train_s,
+            sync_s=sync_s,
             **_reward_metrics(scores, [s.advantage for s in samples], self.config.rollout.group_size),
             **_sample_metrics(samples),
             **_comparison_metrics(kept, result),
@@ -142,8 +145,8 @@ class Driver:
         shutil.rmtree(folder, ignore_errors=True)
         self.actors.wait(self.actors.trainer.export.remote(folder), "the export of the trained model")
 
-    def _sample(self, number: int) -> tuple[list[Sample], rewards.Scores, dict[str, float]]:
-        """The step's samples with their advantages (NaN: dropped)."""
+    def _sample(self, number: int) -> tuple[list[Sample], rewards.Scores, float, float]:
+        """The step's samples with their advantages (NaN: dropped), the scores, and seconds of rollout and reward."""
         tasks, requests = plan(self.config, self.prepared.source, self.prepared.tokenizer, number)
         timeout = self.config.run.step_timeout_s
         generations, rollout_s = _timed(
@@ -163,7 +166,7 @@ class Driver:
         per_group = grpo.advantages(groups, normalize_std=self.config.algorithm.normalize_std)
         flat = [math.nan if a is None else a for group in per_group for a in group]
         samples = [Sample(*item) for item in zip(tasks, requests, generations, flat, strict=True)]
-        return samples, scores, {"rollout_s": rollout_s, "reward_s": reward_s}
+        return samples, scores, rollout_s, reward_s
 
     def _train(self, number: int, samples: list[Sample], learning_rate: float) -> TrainReport:
         bare = [dataclasses.replace(sample, task=None) for sample in samples]  # the trainer needs no task

@@ -96,16 +96,16 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("run.tensorboard needs the package tensorboard", "pip install tensorboard") from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def append(self, metrics: StepMetrics) -> None:
         for key, value in dataclasses.asdict(metrics).items():
             if isinstance(value, int | float) and key != "step" and math.isfinite(value):
-                self._writer.add_scalar(key, value, metrics.step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, value, metrics.step)
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def _plain(value: Any) -> Any:

@@ -155,7 +155,9 @@ def _beside(total: dict[str, Any], control: dict[str, Any] | None) -> list[tuple
     kl = control["kl"] if control else {}
     names = (("tokens", "tokens"), ("mismatched_tokens", "mismatched tokens"),
              ("max_abs_diff", "largest difference of a log-probability"))  # fmt: skip
-    rows = [(label, show(total[key]), show(control[key]) if control else "not measured") for key, label in names]
+    rows: list[tuple[str, ...]] = [
+        (label, show(total[key]), show(control[key]) if control else "not measured") for key, label in names
+    ]
     rows += [
         (f"KL, {k} estimator", show(total[f"kl_{k}"]), show(kl[k]) if control else "not measured") for k in ("k1", "k3")
     ]

@@ -10,6 +10,7 @@ from zerokl.orchestrate.logs import redirect_output
 
 if TYPE_CHECKING:
     from zerokl.alignment.sglang.config import EngineConfig
+    from zerokl.alignment.sglang.engine import RolloutEngine
     from zerokl.alignment.types import Generation, Request
 
 _DIGEST_TIMEOUT_S = 60.0
@@ -18,14 +19,14 @@ _DIGEST_TIMEOUT_S = 60.0
 class Rollout:
     """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
 
-    def __init__(self, config: EngineConfig, log: Path, *, start_timeout_s: float) -> None:
+    engine: RolloutEngine
+
+    def start(self, config: EngineConfig, log: Path, start_timeout_s: float) -> tuple[dict[str, Any], dict[str, str]]:
+        """Start the engine; returns (manifest, weights digest). Not the constructor: there, errors lose their type."""
         redirect_output(log)
         from zerokl.alignment.sglang.engine import RolloutEngine
 
         self.engine = RolloutEngine(config, start_timeout_s=start_timeout_s)
-
-    def describe(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """(manifest, weights digest)."""
         return self.engine.manifest(), self.engine.weights_digest(timeout_s=_DIGEST_TIMEOUT_S)
 
     def generate(self, requests: Sequence[Request], timeout_s: float) -> list[Generation]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 VOCAB = 320  # 256 bytes, the special tokens, and room to spare
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -37,7 +37,7 @@ def make(family: Literal["llama", "qwen3"], out: Path, *, seed: int) -> None:
     _tokenizer().save_pretrained(out)
 
 
-def _randomise_norms(model) -> None:  # type: ignore[no-untyped-def]
+def _randomise_norms(model: Any) -> None:
     """Norm weights start at exactly 1, which would hide a norm that forgets its weight."""
     import torch
 
@@ -47,7 +47,7 @@ def _randomise_norms(model) -> None:  # type: ignore[no-untyped-def]
                 parameter.uniform_(0.5, 1.5)
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]
+def _tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -15,6 +15,7 @@ from zerokl.orchestrate.samples import Sample, microbatches
 if TYPE_CHECKING:
     import torch
 
+    from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
     from zerokl.weightsync.push import SyncReport
 
@@ -31,24 +32,25 @@ class TrainReport:
 class Trainer:
     """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
 
-    def __init__(
-        self, model: Path, train: TrainTable, log: Path, *, scoring_only: bool = False, stock: bool = False
-    ) -> None:
-        """`scoring_only`: no optimizer. `stock`: Megatron's own layers, for the control."""
+    policy: MegatronPolicy
+    train: TrainTable
+
+    def start(self, model: Path, train: TrainTable, log: Path, *, stock: bool) -> tuple[dict[str, Any], dict[str, str]]:
+        """Load the model; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
+
+        `stock`: Megatron's own layers and no optimizer, for the control.
+        """
         redirect_output(log)
         from zerokl.alignment.megatron.policy import MegatronPolicy
 
         self.policy = MegatronPolicy(
             model,
-            optimizer=None if scoring_only else _optimizer(train),
+            optimizer=None if stock else _optimizer(train),
             stock=stock,
             recompute=train.recompute,
             threads=train.threads,
         )
         self.train = train
-
-    def describe(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """(manifest, weights digest)."""
         return self.policy.manifest(), self.policy.weights_digest()
 
     def step(self, samples: Sequence[Sample], algorithm: AlgorithmTable, learning_rate: float) -> TrainReport:

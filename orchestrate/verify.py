@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from zerokl.alignment.megatron.model_config import ModelError
+from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import Comparison, compare
 from zerokl.orchestrate import builtin_prompts, files, models
@@ -46,7 +48,19 @@ class Settings:
 
 
 def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
-    """The whole verification; returns what the JSON file holds. ``equal`` in it is the verdict."""
+    """The whole verification; returns what the JSON file holds. ``equal`` in it is the verdict.
+
+    Raises UserError for bad input and RunError where an engine fails or misses its deadline.
+    """
+    try:
+        return _run(settings, say)
+    except (UnsupportedError, ModelError) as error:
+        raise UserError(str(error)) from error
+    except (EngineError, HookError, TimeoutError) as error:
+        raise RunError(f"the rollout engine failed: {error}") from error
+
+
+def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     folder, requests = _requests(settings)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
     engine, policy = _start(folder, requests, settings.stock)
