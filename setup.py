@@ -7,6 +7,7 @@ The compiled extension is one shared library of torch.library operators (torch's
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,13 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-py{sys.version_info.major}{sys.version_info.minor}"
         build.mkdir(parents=True, exist_ok=True)
+        # the environment's own CMake first: a fresh machine may have none
+        cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+        if cmake is None:
+            raise RuntimeError("building zerokl needs CMake 3.22 or newer: pip install cmake")
         subprocess.run(
             [
-                "cmake",
+                cmake,
                 "-S", str(ROOT),
                 "-B", str(build),
                 f"-DPython_EXECUTABLE={sys.executable}",
@@ -47,7 +52,7 @@ class CMakeBuild(build_ext):
             ],
             check=True,
         )  # fmt: skip
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
 def packages() -> tuple[list[str], dict[str, str]]:

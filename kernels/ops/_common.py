@@ -63,9 +63,9 @@ def per_row(value: torch.Tensor | float, rows: int, dtype: torch.dtype, op: str,
 class WeightGrad:
     """Where a weight's gradient goes (R9: tokens added in packed order into fp32).
 
-    With a ``main_grad`` (fp32) on the weight, chains continue from it in place and Megatron's fused protocol is followed:
-    ``grad_added_to_main_grad`` is set and a placeholder is returned. Otherwise the chains start at +0 and the sum is
-    rounded once to the weight's dtype.
+    With a ``main_grad`` (fp32) on the weight, chains continue from it in place and Megatron's fused protocol is
+    followed: ``grad_added_to_main_grad`` is set and a placeholder is returned. Otherwise the chains start at +0 and the
+    sum is rounded once to the weight's dtype.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:

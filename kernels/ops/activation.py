@@ -22,7 +22,7 @@ class _SiluAndMul(torch.autograd.Function):
         return _silu_and_mul(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         ops.silu_and_mul_backward(x, dy.contiguous(), dx)

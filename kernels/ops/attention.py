@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class _AttentionVarlen(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, cu, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         ops.attention_backward(q, k, v, cu, *ctx.options, out, lse, dout.contiguous(), dq, dk, dv)
@@ -88,10 +89,7 @@ def attention_varlen(
     cu = cu_seqlens.to(torch.int32).contiguous()
     ends = cu.tolist()
     check(
-        len(ends) >= 1
-        and ends[0] == 0
-        and ends[-1] == q.shape[0]
-        and all(a <= b for a, b in zip(ends, ends[1:], strict=False)),
+        len(ends) >= 1 and ends[0] == 0 and ends[-1] == q.shape[0] and all(a <= b for a, b in itertools.pairwise(ends)),
         op,
         f"cu_seqlens must ascend from 0 to {q.shape[0]}",
     )

@@ -27,7 +27,7 @@ class _Linear(torch.autograd.Function):
         return _linear(x, w, bias, segments, out_dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
         dy = dy.contiguous()
         dx = dw = db = None
@@ -63,7 +63,7 @@ def linear(
         out_dtype: bf16 (default) or fp32, the chain itself.
 
     Returns:
-        [..., N]. Backward: dx chains over ascending n, dw over ascending rows (into ``w.main_grad`` where there is one).
+        [..., N]. Backward: dx chains over ascending n, dw over ascending rows (into ``w.main_grad`` if there is one).
 
     Raises:
         ValueError: unsupported dtype, device, shape or segment count.
@@ -103,7 +103,7 @@ class _Embedding(torch.autograd.Function):
         return _embedding(ids, w)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor]:
         (ids,) = ctx.saved_tensors
         grad = WeightGrad(ctx.weight)
         ops.embedding_dw(ids, dy.contiguous(), grad.buffer)

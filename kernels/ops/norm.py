@@ -27,7 +27,7 @@ class _RmsNorm(torch.autograd.Function):
         return y if total is None else (y, total)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor, dtotal: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor, dtotal: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
         dx = torch.empty_like(x)
         grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None

@@ -38,7 +38,7 @@ class _Rotary(torch.autograd.Function):
         return _turn(q, positions, table, False), _turn(k, positions, table, False)
 
     @staticmethod
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         positions, table = ctx.saved_tensors
         return _turn(dq, positions, table, True), _turn(dk, positions, table, True), None, None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,8 @@ def _view(x: Array, dtype: type) -> Array:
 def fma(a: Array | F32, b: Array | F32, c: Array | F32) -> Array:
     """``a * b + c`` in fp32 with one rounding, elementwise.
 
-    The product of two fp32 is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, 2008), so rounding
-    it to fp32 afterwards cannot round twice.
+    The product of two fp32 is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, 2008), so
+    rounding it to fp32 afterwards cannot round twice.
     """
     with np.errstate(all="ignore"):
         product = np.multiply(a, b, dtype=np.float64)
@@ -81,7 +82,7 @@ def log2(x: Array | F32) -> Array:
         return np.where(x >= 0, r, F32(np.nan)).astype(F32)
 
 
-def fold(lanes: Array) -> F32:
+def fold(lanes: Array) -> Any:
     """Halving tree over the last axis (a power of two)."""
     t = lanes.copy()
     while t.shape[-1] > 1:
@@ -90,7 +91,7 @@ def fold(lanes: Array) -> F32:
     return t[..., 0]
 
 
-def lane_reduce(n: int, step: Callable[[Array, slice, slice], None]) -> F32:
+def lane_reduce(n: int, step: Callable[[Array, slice, slice], None]) -> Any:
     """R3: step(lanes, lane slice, element slice) for each group of 128 elements, then :func:`fold`."""
     lanes = np.zeros(contract.REDUCTION_LANES, dtype=F32)
     for start in range(0, n, contract.REDUCTION_LANES):

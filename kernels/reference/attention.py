@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .. import contract
@@ -21,9 +23,13 @@ def _dot(a: Array, b: Array) -> Array:
 def attend_row(q: Array, k: Array, v: Array, begin: int, end: int, scale: float) -> tuple[Array, F32]:
     """One query q [D] over keys [begin, end) of k, v [n, D]: (fp32 output, log2-sum-exp2)."""
     c = F32(scale) * LOG2E
+    total_m: Any
+    total_l: Any
+    m: Any
+    mass: Any
     total_m, total_l, total_o = F32(-np.inf), F32(0), np.zeros(v.shape[1], dtype=F32)
     for segment in range(begin // SEGMENT * SEGMENT, end, SEGMENT):
-        m, l, o = F32(-np.inf), F32(0), np.zeros(v.shape[1], dtype=F32)
+        m, mass, o = F32(-np.inf), F32(0), np.zeros(v.shape[1], dtype=F32)
         for block in range(segment, min(segment + SEGMENT, end), BLOCK):
             keys = np.arange(max(block, begin), min(block + BLOCK, end))
             if len(keys) == 0:
@@ -33,14 +39,14 @@ def attend_row(q: Array, k: Array, v: Array, begin: int, end: int, scale: float)
             shrink = exp2(m - top)
             p = np.zeros(BLOCK, dtype=F32)
             p[keys - block] = exp2((t - top).astype(F32))
-            m, l, o = top, fma(l, shrink, fold(p)), (o * shrink).astype(F32)
+            m, mass, o = top, fma(mass, shrink, fold(p)), (o * shrink).astype(F32)
             for key in keys:
                 o = fma(p[key - block], v[key], o)
-        if l == 0 and m == -np.inf:
+        if mass == 0 and m == -np.inf:
             continue
         top = max(total_m, m)
         a, b = exp2(total_m - top), exp2(m - top)
-        total_m, total_l = top, fma(total_l, a, l * b)
+        total_m, total_l = top, fma(total_l, a, mass * b)
         total_o = fma(total_o, a, (o * b).astype(F32))
     return (total_o / total_l).astype(F32), F32(total_m + log2(total_l))
 
@@ -77,7 +83,7 @@ def attention_backward(
     window: int = 0,
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv) of one sequence: dq over ascending keys, dk and dv over ascending (query, head)."""
-    n, heads, dim = q.shape
+    n, heads, _ = q.shape
     group = heads // k.shape[1]
     c = F32(scale) * LOG2E
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -96,7 +102,7 @@ def attention_backward(
 def _score_gradients(
     q: Array, k: Array, v: Array, out: Array, lse: F32, dout: Array, c: F32, scale: float
 ) -> tuple[Array, Array]:
-    delta = F32(0)
+    delta: Any = F32(0)
     for d in range(out.shape[0]):
         delta = fma(dout[d], out[d], delta)
     p = exp2(((_dot(q, k) * c).astype(F32) - lse).astype(F32))

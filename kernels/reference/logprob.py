@@ -11,7 +11,7 @@ SEGMENTS = contract.VOCAB_SEGMENTS
 Sum = tuple[F32, F32, F32]
 
 
-def _exp(x: Array) -> Array:
+def _exp(x: Array | F32) -> Array:
     return exp2((x * LOG2E).astype(F32))
 
 

@@ -1,4 +1,4 @@
-"""Data that finds rounding mistakes: integer hashes with cancellation, wide exponents, subnormals, ties and signed zeros."""
+"""Data that finds rounding mistakes: integer hashes with cancellation, wide exponents, subnormals, ties, both zeros."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 
 def hashed(*shape: int, seed: int, kind: str = "plain") -> torch.Tensor:
-    """A bf16 tensor from an integer hash. Kinds: plain (|x| around 1), wide (2^-20..2^20), tiny (subnormals), cancel."""
+    """A bf16 tensor from an integer hash. Kinds: plain (|x| < 1), wide (2^-20..2^20), tiny (subnormals), cancel."""
     n = int(np.prod(shape)) if shape else 1
     i = np.arange(n, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
     i = (i ^ (i >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

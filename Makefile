@@ -1,0 +1,49 @@
+# make demo    sets everything up and trains a real model on this machine
+# make test    sets up whatever is missing and passes the tests
+# make install the shared set-up step: .venv in the checkout, nothing outside it
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+EXTENSION := kernels/_C.so
+MODEL := models/smollm2-135m/config.json
+
+.PHONY: install demo test lint bench sanitize clean
+install: $(EXTENSION) $(MODEL)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zerokl needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.locked: requirements/torch.txt requirements/cpu.txt | $(BIN)/python
+	@echo "installing the pinned environment into $(VENV) (about 3.5 GB, a few minutes)"
+	$(PIP) -r requirements/torch.txt
+	$(PIP) --no-deps -r requirements/cpu.txt
+	@touch $@
+
+$(EXTENSION): $(VENV)/.locked setup.py pyproject.toml CMakeLists.txt kernels/contract.py $(wildcard kernels/cpu/*)
+	@echo "building the compiled operators"
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(MODEL): | $(EXTENSION)
+	$(BIN)/zerokl model fetch smollm2-135m --out models/smollm2-135m
+
+demo: install
+	$(BIN)/zerokl train recipes/demo.toml
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: $(EXTENSION)
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy --no-error-summary
+
+bench: install
+	$(BIN)/python -m zerokl.bench.linear_speed
+	$(BIN)/python -m zerokl.bench.megatron_speed
+	$(BIN)/python -m zerokl.bench.sglang_speed
+
+clean:
+	rm -rf build $(EXTENSION) *.egg-info
