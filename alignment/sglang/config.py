@@ -15,6 +15,9 @@ from zerokl.alignment.types import Request
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 
+DISABLED_HOOKS_KEY = "zerokl_disabled_hooks"
+"""Key in the model config's overrides through which `EngineConfig.disabled_hooks` reaches SGLang's scheduler."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:

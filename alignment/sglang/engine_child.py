@@ -27,11 +27,13 @@ from typing import Any
 import numpy as np
 
 from zerokl.alignment.sglang import protocol
-from zerokl.alignment.sglang.config import EngineConfig
+from zerokl.alignment.sglang.config import DISABLED_HOOKS_KEY, EngineConfig
 from zerokl.alignment.sglang.errors import EngineError
+from zerokl.alignment.sglang.report import check_report
 from zerokl.alignment.types import Request
 
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
+_FLUSH_S = 30.0
 _MODEL_MODULES = ("llama", "qwen2", "qwen3")
 
 
@@ -129,8 +131,6 @@ class _Server:
         self._flush()
         if self.config.stock:
             return None
-        from zerokl.alignment.sglang.hooks import check_report
-
         report = self.engine.get_server_info()["internal_states"][0].get("zerokl")
         check_report(report)
         return report
@@ -144,9 +144,10 @@ class _Server:
         return protocol.Digests(digests)
 
     def _flush(self) -> None:
-        result = self.engine.flush_cache()
+        # a request's answer may leave the scheduler a moment before the request does: let SGLang wait for that
+        result = self._run(self.engine.tokenizer_manager.flush_cache(timeout_s=_FLUSH_S))
         if not result.success:
-            raise EngineError(f"SGLang did not flush its cache: {result.message or 'requests are still running'}")
+            raise EngineError(f"SGLang did not flush its cache: {result.message}")
 
     def _call_loader(self, function: str, request: dict[str, Any]) -> Any:
         """Run one function of the weight loader on the live model, inside SGLang's weight-update window.
@@ -249,9 +250,7 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "log_level": "warning",
     }
     if config.disabled_hooks:
-        from zerokl.alignment.sglang.hooks import DISABLED_KEY
-
-        args["json_model_override_args"] = json.dumps({DISABLED_KEY: list(config.disabled_hooks)})
+        args["json_model_override_args"] = json.dumps({DISABLED_HOOKS_KEY: list(config.disabled_hooks)})
     if on_cpu:
         args |= {"device": "cpu", "disable_cuda_graph": True, "mem_fraction_static": 0.3}
     return args

@@ -3,7 +3,7 @@
 The hooks sit on module *instances* of the engine's own model: SGLang's layer classes stay as they are, and an engine
 that did not ask for zerokl is untouched. Every module of the model must be of a type listed here, so a model with an
 unknown layer is refused instead of half bound. Every hook counts its calls: a forward pass makes an exact number of
-them, and `check_report` refuses an engine whose counts differ after its warm-up.
+them, and `report.check_report` refuses an engine whose counts differ after its warm-up.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sglang.srt.runtime_context import get_parallel
 
 from zerokl import kernels
 from zerokl.alignment.sglang import sampling
-from zerokl.alignment.sglang.config import ARCHITECTURES
-from zerokl.alignment.sglang.errors import HookError, UnsupportedError
+from zerokl.alignment.sglang.config import ARCHITECTURES, DISABLED_HOOKS_KEY
+from zerokl.alignment.sglang.errors import UnsupportedError
 
 CONTAINERS = {
     "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
@@ -34,9 +34,6 @@ CONTAINERS = {
     "ModuleList", "Pooler",
 }  # fmt: skip
 """Module types that compute nothing themselves on the path from token ids to log-probabilities."""
-
-DISABLED_KEY = "zerokl_disabled_hooks"
-"""Key in the model config's overrides naming hooks to leave out (a test's fault; the engine must then refuse)."""
 
 
 @dataclass
@@ -90,22 +87,6 @@ def _built(hook: str, op: str, per_forward: int, calls: int) -> dict[str, Any]:
     return {"hook": hook, "op": op, "sites": 1, "per_forward": per_forward, "calls": calls, "intact": True}
 
 
-def check_report(report: dict[str, Any] | None) -> None:
-    """Raise HookError unless every hook ran exactly as often as the forward passes so far demand."""
-    if not report:
-        raise HookError("SGLang's scheduler reports no zerokl binding: the plugin did not load or was not asked for")
-    if report["forwards"] < 2:
-        raise HookError(f"{report['forwards']} forward passes ran: the warm-up needs a prefill and a decode step")
-    for row in report["hooks"]:
-        expected = row["per_forward"] * report["forwards"]
-        if row["calls"] != expected or not row["intact"]:
-            state = "" if row["intact"] else ", and something replaced it since"
-            raise HookError(
-                f"hook {row['hook']!r} did not take effect: {row['calls']} calls in {report['forwards']} forward "
-                f"passes, {expected} expected{state}; the engine would compute with SGLang's own kernels"
-            )
-
-
 def bind(runner: Any, backend: Any) -> Binding:
     """Bind every module of the runner's model. Raises UnsupportedError for anything the kernels do not define."""
     model = runner.model
@@ -116,7 +97,7 @@ def bind(runner: Any, backend: Any) -> Binding:
     config = model.config
     runner.sampler = sampling.create()
     table = {hook.name: hook for hook in _expected(config.num_hidden_layers, architecture)}
-    disabled = set(getattr(config, DISABLED_KEY, ()))
+    disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
         if type(module) not in _BINDERS:
             if type(module).__name__ not in CONTAINERS:
