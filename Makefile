@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTENSION := kernels/_C.so
 MODEL := models/smollm2-135m/config.json
 
-.PHONY: install demo test lint bench sanitize clean
+.PHONY: install demo test lint sanitize bench clean
 install: $(EXTENSION) $(MODEL)
 
 $(BIN)/python:
@@ -32,13 +32,24 @@ $(MODEL): | $(EXTENSION)
 demo: install
 	$(BIN)/zerokl train recipes/demo.toml
 
-test: install lint
+test: install lint sanitize
 	$(BIN)/python -m pytest
 
 lint: $(EXTENSION)
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --no-error-summary
+
+# the kernels' own tests on a build with address and undefined-behaviour sanitizers
+SANITIZED := build/sanitize/zerokl
+sanitize: install
+	@mkdir -p $(SANITIZED) && cp zerokl/__init__.py $(SANITIZED)/ && cp -r kernels $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_C.so
+	@$(BIN)/cmake -S . -B build/sanitize/cmake -DZEROKL_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=Release \
+	  -DZEROKL_OUTPUT_DIR=$(abspath $(SANITIZED)/kernels) -DZEROKL_OUTPUT_NAME=_C >/dev/null
+	@$(BIN)/cmake --build build/sanitize/cmake --parallel >/dev/null
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
+SANITIZED_TESTS := linear or embedding or norm or rotary or silu or varlen-avx512 or logprob or sample or neighbours
 
 bench: install
 	$(BIN)/python -m zerokl.bench.linear_speed

@@ -1,0 +1,67 @@
+"""Linear layers against torch's fp32 and bf16 products, interleaved in one run: python -m zerokl.bench.linear_speed
+
+Goals on a CPU: at M >= 256 at least 85% of torch's fp32 throughput, at M = 1 at least 80% of torch's bf16 one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import linear as torch_linear
+
+from zerokl import kernels
+from zerokl.bench.machine import describe
+
+# (N, K): the products of a 135M Llama, its output head, and one of an 8B model
+SHAPES = [(960, 576), (3072, 576), (576, 1536), (49152, 576), (4096, 4096)]
+ROWS = [1, 4, 32, 256, 1024]
+
+
+def seconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each call, taken in turn so that a drift of the machine meets all alike."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, log in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            log.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def main() -> None:
+    """Print one line a shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(describe())
+    print(
+        f"{'N':>6} {'K':>5} {'M':>5} {'ours':>10} {'GFLOP/s':>8} {'GB/s':>6} {'/ torch fp32':>12} {'/ torch bf16':>12}"
+    )
+    for n, k in SHAPES:
+        w = torch.randn(n, k).bfloat16()
+        wide = w.float()
+        for m in ROWS:
+            if m * n * k > 2**36:
+                continue
+            x = torch.randn(m, k).bfloat16()
+            xf = x.float()
+            ours, fp32, bf16 = seconds(
+                [lambda: kernels.linear(x, w), lambda: torch_linear(xf, wide), lambda: torch_linear(x, w)],  # noqa: B023
+                options.rounds,
+            )
+            print(
+                f"{n:6} {k:5} {m:5} {ours * 1e6:8.0f}us {2 * m * n * k / ours / 1e9:8.1f} {2 * n * k / ours / 1e9:6.1f}"
+                f" {fp32 / ours:11.2f}x {bf16 / ours:11.2f}x"
+            )
+
+
+if __name__ == "__main__":
+    main()
