@@ -101,9 +101,9 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
 def _rope(raw: dict[str, Any], path: Path) -> Any:
     """The rotary base: ``rope_parameters`` since transformers 5, ``rope_theta`` and ``rope_scaling`` before."""
     parameters = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'; use a model without it")
+    for kind in (parameters.get("rope_type"), parameters.get("type")):
+        if kind not in (None, "default"):
+            raise ModelError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'; use another model")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(f"{path}: partial_rotary_factor is not supported; use a model that rotates whole heads")
     return parameters.get("rope_theta", raw.get("rope_theta", 10000.0))

