@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+_ANNOUNCEMENT = b"\nstopping after this step and saving a checkpoint; press Ctrl-C again to stop at once\n"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
     """True once a stop was asked for. Use as a context manager in the main thread; restores the handlers at the end."""
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.asked = False
-        self._announce = announce
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -37,4 +37,4 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._announce("stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once")
+        os.write(2, _ANNOUNCEMENT)  # no print: the signal may have come in the middle of one

@@ -34,7 +34,7 @@ def train(prepared: Prepared, *, resume: bool) -> bool:
     config = prepared.config
     with RunFolder(Path(config.run.directory).resolve()) as folder, Progress() as progress:
         checkpoint = folder.begin(config, resume=resume)
-        with StopRequest(progress.note) as stop, cluster(folder.path, cpus=claimed(config)):
+        with StopRequest() as stop, cluster(folder.path, cpus=claimed(config)):
             finished = _steps(prepared, folder, progress, checkpoint, stop)
             if finished and config.control.enabled:
                 control.measure(prepared, folder, progress)

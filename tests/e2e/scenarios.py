@@ -1,0 +1,95 @@
+"""Run in a process of its own: `python scenarios.py MODEL OUT.json`. One engine, one policy, every scenario on both.
+
+Megatron keeps global state and SGLang's crashes take their parent along, so neither belongs into pytest's process.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from zerokl.alignment.megatron.optimizer import OptimizerSettings
+from zerokl.alignment.megatron.policy import MegatronPolicy
+from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
+from zerokl.alignment.types import PackedBatch, Request, SamplingParams
+from zerokl.alignment.verify import compare
+from zerokl.orchestrate.verify import score
+from zerokl.weightsync.push import push
+
+CHUNK = 64
+VOCAB = 300  # ids that all test models have
+
+
+def requests(
+    count: int, *, seed: int, lengths=(1, 60), new: int = 8, every_s: float = 0.0, **sampling
+) -> list[Request]:
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        ids = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(*lengths)))
+        params = SamplingParams(max_new_tokens=new, seed=rng.randrange(2**31), ignore_eos=True, **sampling)
+        made.append(Request(ids, params, index * every_s))
+    return made
+
+
+def with_prefix(prefix: tuple[int, ...], made: list[Request]) -> list[Request]:
+    return [Request((*prefix, *r.input_ids), r.sampling, r.arrival_s) for r in made]
+
+
+def train_and_push(policy: MegatronPolicy, engine: RolloutEngine, made: list[Request]) -> None:
+    """One optimizer step on what the engine sampled, then the new weights into the engine."""
+    batch = PackedBatch.pack(made, engine.generate(made, timeout_s=300))
+    before = policy.weights_digest()
+    policy.train_step([batch], lambda logprobs, _: -logprobs.mean())
+    changed = sum(before[name] != digest for name, digest in policy.weights_digest().items())
+    assert changed > len(before) // 2, f"the step changed {changed} of {len(before)} tensors"
+    push(policy.named_weights(), engine, version="1", timeout_s=300)
+
+
+def main(model: str, out: Path) -> None:
+    torch.manual_seed(0)
+    config = EngineConfig(model, chunked_prefill_size=CHUNK, context_length=400, max_running_requests=32)
+    policy = MegatronPolicy(model, optimizer=OptimizerSettings(learning_rate=1e-4))
+    results = {}
+    with RolloutEngine(config, start_timeout_s=300) as engine:
+
+        def check(name: str, made: list[Request]) -> None:
+            generations = engine.generate(made, timeout_s=300)
+            found = compare(generations, score(policy, made, generations))
+            results[name] = found.to_json() | {
+                "equal": found.equal,
+                "cached_tokens": sum(g.cached_tokens for g in generations),
+                "versions": sorted({g.weight_version for g in generations}),
+                "expected_tokens": sum(r.sampling.max_new_tokens for r in made),
+            }
+
+        for count in (1, 2, 7, 32):
+            check(f"batch {count}", requests(count, seed=count))
+        check("longer than a prefill chunk", requests(2, seed=50, lengths=(3 * CHUNK + 5, 3 * CHUNK + 9)))
+        prefix = requests(1, seed=51, lengths=(100, 100))[0].input_ids
+        engine.generate(with_prefix(prefix, requests(1, seed=52)), timeout_s=300)
+        check("prefix-cache hit", with_prefix(prefix, requests(4, seed=53)))
+        check("temperature 0.6", requests(4, seed=54, temperature=0.6))
+        check("temperature 1.7, top-p 0.8", requests(4, seed=55, temperature=1.7, top_p=0.8))
+        check("top-k 20, top-p 0.9", requests(4, seed=56, top_k=20, top_p=0.9))
+        check("greedy", requests(4, seed=57, temperature=0.0))
+        check("arrivals while others decode", requests(10, seed=58, new=16, every_s=0.05))
+        train_and_push(policy, engine, requests(4, seed=59))
+        check("after a step and a weight sync", requests(8, seed=60))
+        same = engine.weights_digest(timeout_s=60) == policy.weights_digest()
+        check("after the weight sync, warm prefix", with_prefix(prefix, requests(4, seed=53)))
+        # an engine that missed the update must be found out
+        policy.train_step([PackedBatch.pack(*_sampled(engine))], lambda logprobs, _: -logprobs.mean())
+        check("engine one step behind", requests(4, seed=61))
+    out.write_text(json.dumps({"scenarios": results, "digests_equal_after_sync": same}))
+
+
+def _sampled(engine: RolloutEngine):
+    made = requests(2, seed=62)
+    return made, engine.generate(made, timeout_s=300)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

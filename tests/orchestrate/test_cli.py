@@ -1,0 +1,196 @@
+"""Bad input: one message with cause and remedy, exit code 2, nothing half-written. No engine is started here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zerokl.orchestrate import cli, models
+
+RECIPES = Path(cli.__file__).resolve().parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return models.tiny("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def zerokl(capsys, monkeypatch, tmp_path):
+    """zerokl(arguments...) -> (exit code, stdout, stderr), in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zerokl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+def copy_of(model, to, **changes):
+    """A copy of a model folder with some files replaced (bytes) or left out (None)."""
+    to.mkdir()
+    for path in model.iterdir():
+        content = changes.get(path.name.replace(".", "_"), path.read_bytes())
+        if content is not None:
+            (to / path.name).write_bytes(content)
+    return to
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from zerokl.orchestrate.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'sglang', 'ray', 'megatron', 'transformers', 'matplotlib', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], cwd="/", check=True, timeout=60)
+
+
+def test_missing_model(zerokl):
+    code, out, err = zerokl("verify", "--model", "no-such-model")
+    assert (code, out) == (2, "")
+    assert "no model at 'no-such-model'" in err
+    assert "zerokl model fetch" in err
+    assert "Traceback" not in err
+
+
+def test_unsupported_architecture(zerokl, tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
+    model = copy_of(tiny, tmp_path / "m", config_json=json.dumps(config).encode())
+    code, _, err = zerokl("verify", "--model", model)
+    assert code == 2
+    assert "MambaForCausalLM is not supported" in err
+    assert "LlamaForCausalLM" in err
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [(-1, "truncated"), (100, "not a whole safetensors"), (4, "not a whole safetensors"), (None, "missing")],
+)
+def test_truncated_weights(zerokl, tiny, tmp_path, keep, message):
+    whole = (tiny / "model.safetensors").read_bytes()
+    model = copy_of(tiny, tmp_path / "m", model_safetensors=None if keep is None else whole[:keep])
+    code, _, err = zerokl("verify", "--model", model)
+    assert code == 2
+    assert message in err
+    assert "model.safetensors" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "hello"}\n{"prompt": "hel\n', "line 2: not valid JSON"),
+        ("", "holds no prompt"),
+        ('{"input_ids": [319]}\n{"input_ids": [320]}\n', "line 2: token 320 is outside the vocabulary"),
+        (json.dumps({"prompt": "x" * 4090}), "line 1: the prompt has 4090 tokens, at most 4032 fit"),
+    ],
+)
+def test_bad_prompt_files(zerokl, tiny, tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text)
+    code, _, err = zerokl("verify", "--model", tiny, "--prompts", "p.jsonl", "--json", "out.json")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--top-p", "0"], ["--top-p", "1.1"], ["--temperature", "nan"], ["--max-new-tokens", "4096"],
+                ["--control", "other"], ["--inject", "bits"], ["--max-new-tokens", "0"], ["--nonsense"]]
+)  # fmt: skip
+def test_bad_options(zerokl, tiny, options):
+    assert zerokl("verify", "--model", tiny, *options)[0] == 2
+
+
+def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(zerokl, tiny, tmp_path):
+    code, out, _ = zerokl(
+        "train", RECIPES / "tiny.toml", "--dry-run", "--set", f"model.name={tiny}", "--set", "train.steps=7"
+    )
+    assert code == 0
+    assert "steps = 7" in out
+    assert "chunked_prefill_tokens" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_recipe_lists_everything_that_its_names_lack(zerokl, tmp_path):
+    code, _, err = zerokl(
+        "train", RECIPES / "tiny.toml", "--set", "model.name=nowhere", "--set", "reward.function=no.such.reward",
+        "--set", "data.options.task=no_such_task",
+    )  # fmt: skip
+    assert code == 2
+    for part in ("nowhere", "no.such.reward", "no_such_task"):
+        assert part in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rollout.max_prompt_tokens=2", "at most 2 fit"),
+        ("data.template={nothing}", "data.template fails"),
+        ("reward.options.targe=3", "targe"),
+        ("rollout.group_size=1", "rollout.group_size"),
+    ],
+)
+def test_a_recipe_that_cannot_work_stops_before_anything_starts(zerokl, tiny, tmp_path, change, message):
+    code, _, err = zerokl("train", RECIPES / "tiny.toml", "--set", f"model.name={tiny}", "--set", change)
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_of_nothing(zerokl, tiny):
+    code, _, err = zerokl("train", RECIPES / "tiny.toml", "--set", f"model.name={tiny}", "--resume")
+    assert code == 2
+    assert "no run to resume" in err
+
+
+def test_report_of_nothing(zerokl):
+    code, _, err = zerokl("report", "nowhere")
+    assert code == 2
+    assert "no metrics.jsonl" in err
+
+
+def test_tiny_models_are_whole_reproducible_and_never_replace_a_strangers_folder(zerokl, tmp_path):
+    for out in ("a", "b"):
+        assert zerokl("model", "tiny", "qwen3", "--out", out)[0] == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    code, _, err = zerokl("model", "tiny", "llama", "--out", "mine")
+    assert code == 2
+    assert "was not made by" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "mine"]
+
+
+def test_unknown_model_name(zerokl):
+    code, _, err = zerokl("model", "fetch", "gpt-5")
+    assert code == 2
+    assert "smollm2-135m" in err
+
+
+def test_fetch_is_verified_idempotent_and_repairs(zerokl, tmp_path):
+    assert zerokl("model", "fetch", "smollm2-135m", "--out", "m")[0] == 0
+    weights = tmp_path / "m/model.safetensors"
+    made = weights.stat().st_mtime_ns
+    assert zerokl("model", "fetch", "smollm2-135m", "--out", "m")[0] == 0
+    assert weights.stat().st_mtime_ns == made
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    assert zerokl("model", "fetch", "smollm2-135m", "--out", "m")[0] == 0
+    assert weights.stat().st_mtime_ns != made
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_doctor_as_json(zerokl):
+    code, out, _ = zerokl("doctor", "--json")
+    facts = json.loads(out)
+    assert code == (0 if facts["runnable"] else 1)
+    assert facts["working"] == {"extension": True, "sglang": True, "megatron": True, "ray": True}
+    assert facts["versions"]["sglang"] == "0.5.23"
