@@ -1,4 +1,4 @@
-// Threads, scratch memory and the instruction set in use.
+// Scratch memory and the instruction set in use.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -6,19 +6,6 @@
 #include "host.h"
 
 namespace zerokl {
-
-void parallel(int64_t tasks, Body body, void* context) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
-  const int64_t workers = tasks < threads ? tasks : threads;
-  if (workers <= 1) {
-    for (int64_t t = 0; t < tasks; t++) body(t, context);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(t, context);
-  });
-}
 
 namespace {
 

@@ -8,8 +8,8 @@ namespace zerokl {
 
 using Body = void (*)(int64_t task, void* context);
 
-// Runs body(0..tasks-1) on torch's thread pool; threads take the next task as they come free. Which thread runs a task
-// never changes a bit: tasks write disjoint outputs.
+// Runs body(0..tasks-1) on as many threads as torch is set to; each takes the next task as it comes free. Which thread
+// runs a task never changes a bit: tasks write disjoint outputs. An exception of a task is raised here.
 void parallel(int64_t tasks, Body body, void* context);
 
 // A 64-byte aligned buffer of this thread, kept between calls; one per slot. Raises std::bad_alloc.
