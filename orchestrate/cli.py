@@ -80,9 +80,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe.")] = False,
 ) -> None:
     """Train with GRPO: SGLang samples, Megatron-Core trains, Ray holds them together."""
-    from zerokl.orchestrate.preflight import prepare
-
     from zerokl.orchestrate.config import load
+    from zerokl.orchestrate.preflight import prepare
 
     config = load(recipe, set_ or [])
     prepared = prepare(config, recipe.resolve().parent)

@@ -34,6 +34,7 @@ def cluster(folder: Path, *, cpus: int) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # the actors are the work itself, no background job
         # despite its name: with it off, Ray keeps 127.0.0.1 as the node's address instead of looking up an outer one,
         # and its servers listen on that address alone
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

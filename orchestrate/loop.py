@@ -23,7 +23,7 @@ from zerokl.orchestrate.interrupt import StopRequest
 from zerokl.orchestrate.metrics import MetricsFile, StepMetrics, TensorBoard
 from zerokl.orchestrate.preflight import Prepared
 from zerokl.orchestrate.progress import Progress
-from zerokl.orchestrate.run_folder import Checkpoint, RunFolder
+from zerokl.orchestrate.run_folder import Checkpoint, RunFolder, locate
 from zerokl.orchestrate.samples import Sample, plan
 from zerokl.orchestrate.trainer import TrainReport
 from zerokl.weightsync.push import SyncReport
@@ -32,7 +32,8 @@ from zerokl.weightsync.push import SyncReport
 def train(prepared: Prepared, *, resume: bool) -> bool:
     """Run the recipe to its last step; False if a stop was asked for before it. Raises UserError and RunError."""
     config = prepared.config
-    with RunFolder(Path(config.run.directory).resolve()) as folder, Progress() as progress:
+    with RunFolder(locate(config.run.directory, resume=resume)) as folder, Progress() as progress:
+        progress.note(f"run folder: {folder.path}")
         checkpoint = folder.begin(config, resume=resume)
         with StopRequest() as stop, cluster(folder.path, cpus=claimed(config)):
             finished = _steps(prepared, folder, progress, checkpoint, stop)

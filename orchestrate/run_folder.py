@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +33,22 @@ class Checkpoint:
     @property
     def policy(self) -> Path:
         return self.folder / "policy"
+
+
+def locate(pattern: str, *, resume: bool) -> Path:
+    """The folder that `run.directory` names. `{time}` in it gives every run one of its own; with `resume`, the newest.
+
+    Raises UserError where there is nothing to resume.
+    """
+    if "{time}" not in pattern:
+        return Path(pattern).resolve()
+    if not resume:
+        return Path(pattern.replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).resolve()
+    before, _, after = pattern.partition("{time}")
+    found = sorted(Path(path) for path in glob.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
+    if not found:
+        raise UserError(f"no run matches {pattern}", "leave out --resume, or name the folder with run.directory")
+    return found[-1].resolve()
 
 
 class RunFolder:

@@ -11,7 +11,7 @@ import pytest
 from zerokl.orchestrate import metrics, report
 from zerokl.orchestrate.config import load
 from zerokl.orchestrate.errors import UserError
-from zerokl.orchestrate.run_folder import RunFolder, to_toml
+from zerokl.orchestrate.run_folder import RunFolder, locate, to_toml
 
 RECIPE = """
 [model]
@@ -145,3 +145,15 @@ def test_report_needs_a_finished_step(tmp_path):
     metrics.MetricsFile(tmp_path, keep_through=0).close()
     with pytest.raises(UserError, match="no finished step"):
         report.write(tmp_path)
+
+
+def test_time_in_the_folder_name(tmp_path):
+    pattern = str(tmp_path / "runs" / "demo-{time}")
+    with pytest.raises(UserError, match="no run matches"):
+        locate(pattern, resume=True)
+    fresh = locate(pattern, resume=False)
+    assert fresh.parent == tmp_path / "runs"
+    (tmp_path / "runs" / "demo-20200101-000000").mkdir(parents=True)
+    fresh.mkdir()
+    assert locate(pattern, resume=True) == fresh
+    assert locate(str(tmp_path / "plain"), resume=True) == tmp_path / "plain"
