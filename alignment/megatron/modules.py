@@ -88,12 +88,10 @@ def _require_one_rank(linear: ColumnParallelLinear | RowParallelLinear) -> None:
         )
 
 
-class SwiGLU:
+class SwiGLU(MegatronModule):
     """``silu(gate) * up``: [..., 2F] -> [..., F], rounded once. Stands where Transformer Engine's activation would."""
 
-    def __init__(self, config: TransformerConfig) -> None: ...
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return kernels.silu_and_mul(x)
 
 

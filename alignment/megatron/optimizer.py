@@ -54,9 +54,12 @@ class PortableAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("PortableAdam decouples weight decay; set OptimizerConfig.decoupled_weight_decay=True")
+        if capturable:
+            raise ValueError("PortableAdam cannot be captured in a CUDA graph; set optimizer_cuda_graph=False")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor) -> ModuleSpec:
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=mlp),
             mlp_bda=residual_add,
         ),
     )

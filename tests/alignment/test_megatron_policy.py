@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from zerokl.alignment.megatron.checkpoint import CheckpointError
-from zerokl.alignment.megatron.optimizer import OptimizerSettings
+from zerokl.alignment.megatron.optimizer import OptimizerSettings, PortableAdam
 from zerokl.alignment.megatron.policy import MegatronPolicy
 from zerokl.alignment.types import Generation, Request, SamplingParams
 
@@ -352,3 +352,25 @@ def test_manifest_is_json(scorers):
     assert manifest["engine"] == "megatron-core"
     assert manifest["layers"] == "zerokl.kernels"
     assert manifest["model"]["architecture"] == "Qwen3ForCausalLM"
+
+
+def test_weight_decay_spares_norms(tiny_models, make_pairs, pack):
+    policy = MegatronPolicy(tiny_models["llama"], optimizer=OptimizerSettings(learning_rate=0.5, weight_decay=1.0))
+    before = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    policy.train_step([pack(make_pairs(LENGTHS))], lambda logprobs, _: logprobs.sum() * 0)
+    for name, tensor in policy.named_weights():
+        assert torch.equal(tensor, before[name] if tensor.dim() == 1 else before[name] * 0.5), name
+
+
+def test_portable_adam_is_adamw():
+    start = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    portable, reference = PortableAdam([ours], **options), torch.optim.AdamW([theirs], **options)
+    for step in range(5):
+        for parameter, optimizer in ((ours, portable), (theirs, reference)):
+            parameter.grad = (start * (step + 1)).sin()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert portable.param_groups[0]["step"] == 5
+    assert portable.state[ours].keys() == {"exp_avg", "exp_avg_sq"}
