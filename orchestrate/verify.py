@@ -15,8 +15,8 @@ import numpy as np
 from zerokl.alignment.megatron.model_config import ModelError
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
-from zerokl.alignment.verify import Comparison, compare
-from zerokl.orchestrate import builtin_prompts, files, models
+from zerokl.alignment.verify import compare
+from zerokl.orchestrate import builtin_prompts, files, manifest, models
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.data import read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
@@ -71,11 +71,23 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         digests = engine.weights_digest(timeout_s=_START_TIMEOUT_S), policy.weights_digest()
         engine_manifest = engine.manifest()
     say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
-    scored = score(policy, requests, generations)
+    scored, observed = score(policy, requests, generations), manifest.Observed()
+    with observed:  # once more for one request, to see which ops its forward runs
+        score(policy, requests[:1], generations[:1])
     if settings.inject in ("ulp", "nan"):
         _damage(scored, settings.inject)
     found = compare(generations, scored)
-    return _result(found, digests, engine_manifest, policy.manifest(), requests, generations)
+    engine_digest, trainer_digest = (_one_digest(side) for side in digests)
+    return {
+        "equal": found.equal and engine_digest == trainer_digest,
+        **found.to_json(),
+        "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
+        "requests": len(requests),
+        "longest_prompt": max(len(r.input_ids) for r in requests),
+        "cached_tokens": sum(g.cached_tokens for g in generations),
+        "manifest": manifest.build(engine_manifest, policy.manifest(), observed),
+        "versions": manifest.versions(),
+    }
 
 
 def score(policy: MegatronPolicy, requests: Sequence[Request], generations: Sequence[Generation]) -> list[np.ndarray]:
@@ -184,27 +196,6 @@ def _damage(scored: list[np.ndarray], fault: str) -> None:
     values = scored[where].copy()
     values[-1] = np.nan if fault == "nan" else np.nextafter(values[-1], np.float32(-np.inf))
     scored[where] = values
-
-
-def _result(
-    found: Comparison,
-    digests: tuple[dict[str, str], dict[str, str]],
-    engine_manifest: dict[str, Any],
-    trainer_manifest: dict[str, Any],
-    requests: Sequence[Request],
-    generations: Sequence[Generation],
-) -> dict[str, Any]:
-    engine, trainer = (_one_digest(side) for side in digests)
-    return {
-        "equal": found.equal and engine == trainer,
-        **found.to_json(),
-        "weights_digest": {"engine": engine, "trainer": trainer},
-        "requests": len(requests),
-        "longest_prompt": max(len(r.input_ids) for r in requests),
-        "cached_tokens": sum(g.cached_tokens for g in generations),
-        "manifest": {"engine": engine_manifest, "trainer": trainer_manifest},
-        "versions": {},
-    }
 
 
 def _one_digest(side: dict[str, str]) -> str:
