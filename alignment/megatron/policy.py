@@ -150,7 +150,7 @@ class MegatronPolicy:
         return norm
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """The rate of the following steps (schedules belong to the caller). Raises ValueError if not finite and >= 0."""
+        """The rate of the following steps; schedules are the caller's. Raises ValueError if negative or not finite."""
         if not (math.isfinite(learning_rate) and learning_rate >= 0):
             raise ValueError(f"learning_rate must be finite and at least 0, got {learning_rate}")
         for group in self._trained().param_groups:

@@ -87,3 +87,13 @@ def pack():
         return PackedBatch.pack(requests, generations)
 
     return packed
+
+
+@pytest.fixture
+def trainer(tiny_models):
+    """trainer(model name, **options): a fresh training policy."""
+    from zerokl.alignment.megatron.optimizer import OptimizerSettings
+    from zerokl.alignment.megatron.policy import MegatronPolicy
+
+    settings = OptimizerSettings(learning_rate=1e-3, weight_decay=0.01)
+    return lambda name="qwen3-tied", **options: MegatronPolicy(tiny_models[name], optimizer=settings, **options)
