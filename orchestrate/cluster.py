@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ def cluster(folder: Path, *, cpus: int) -> Iterator[None]:
     `folder` (the run's) becomes the directory that Ray puts on its workers' import path in place of the current one:
     a checkout there would expose its folders as top-level modules.
     """
+    if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise RuntimeError("ray was imported before cluster() could turn its token authentication on; import it later")
     # Ray reads these from the environment only, and hands them to its own processes
     os.environ |= {
         "RAY_AUTH_MODE": "token",

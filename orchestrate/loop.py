@@ -37,7 +37,7 @@ def train(prepared: Prepared, *, resume: bool) -> bool:
         checkpoint = folder.begin(config, resume=resume)
         with StopRequest() as stop, cluster(folder.path, cpus=claimed(config)):
             finished = _steps(prepared, folder, progress, checkpoint, stop)
-            if finished and config.control.enabled:
+            if finished and config.control.enabled and not (folder.path / report.CONTROL).exists():
                 control.measure(prepared, folder, progress)
         page, _ = report.write(folder.path)
         progress.note(f"report: {page}")
@@ -50,6 +50,9 @@ def _steps(
     """All steps after the checkpoint; whether the last one was reached."""
     config = prepared.config
     done = checkpoint.step if checkpoint else 0
+    if done >= config.train.steps and (folder.path / "model").is_dir():
+        progress.note(f"all {done} steps are done")
+        return True
     sinks: list[Any] = [MetricsFile(folder.path, keep_through=done)]
     if config.run.tensorboard:
         sinks.append(TensorBoard(folder.path))

@@ -1,7 +1,10 @@
 """A recipe is right as a whole or refused with every problem named."""
 
+from pathlib import Path
+
 import pytest
 
+import zerokl
 from zerokl.orchestrate.config import load
 from zerokl.orchestrate.errors import UserError
 
@@ -78,3 +81,8 @@ def test_broken_or_missing_file(recipe, tmp_path):
         load(recipe("[model"))
     with pytest.raises(UserError, match="cannot read the recipe"):
         load(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("path", sorted((Path(zerokl.__file__).resolve().parent.parent / "recipes").glob("*.toml")))
+def test_shipped_recipes_are_valid(path):
+    load(path)
