@@ -52,8 +52,11 @@ def verify(
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Sample with SGLang, score with Megatron-Core, compare every log-probability as bits."""
+    from zerokl.orchestrate import files
     from zerokl.orchestrate import verify as command
 
+    if json is not None:
+        files.check_writable(json)
     settings = command.Settings(
         model=model,
         prompts=prompts,
@@ -66,7 +69,7 @@ def verify(
     )
     result = command.run(settings, say=_say)
     if json is not None:
-        command.write_json(json, result)
+        files.write_json(json, result)
     for line in command.lines(result):
         typer.echo(line)
     raise typer.Exit(0 if result["equal"] else FAILED)

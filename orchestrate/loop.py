@@ -20,7 +20,7 @@ from zerokl.orchestrate.algorithms import grpo
 from zerokl.orchestrate.cluster import cluster
 from zerokl.orchestrate.errors import RunError
 from zerokl.orchestrate.interrupt import StopRequest
-from zerokl.orchestrate.metrics import MetricsFile, StepMetrics, TensorBoard
+from zerokl.orchestrate.metrics import MetricsFile, StepMetrics, TensorBoard, read
 from zerokl.orchestrate.preflight import Prepared
 from zerokl.orchestrate.progress import Progress
 from zerokl.orchestrate.run_folder import Checkpoint, RunFolder, locate
@@ -39,8 +39,9 @@ def train(prepared: Prepared, *, resume: bool) -> bool:
             finished = _steps(prepared, folder, progress, checkpoint, stop)
             if finished and config.control.enabled and not (folder.path / report.CONTROL).exists():
                 control.measure(prepared, folder, progress)
-        page, _ = report.write(folder.path)
-        progress.note(f"report: {page}")
+        if read(folder.path):
+            page, _ = report.write(folder.path)
+            progress.note(f"report: {page}")
     return finished
 
 
@@ -53,6 +54,7 @@ def _steps(
     if done >= config.train.steps and (folder.path / "model").is_dir():
         progress.note(f"all {done} steps are done")
         return True
+    _remove_results(folder)
     sinks: list[Any] = [MetricsFile(folder.path, keep_through=done)]
     if config.run.tensorboard:
         sinks.append(TensorBoard(folder.path))
@@ -75,6 +77,12 @@ def _steps(
             sink.close()
     driver.actors.close()
     return done >= config.train.steps
+
+
+def _remove_results(folder: RunFolder) -> None:
+    """What was made of an earlier end of this run: it would not belong to the steps that follow."""
+    shutil.rmtree(folder.path / "model", ignore_errors=True)
+    (folder.path / report.CONTROL).unlink(missing_ok=True)
 
 
 def _check(metrics: StepMetrics, stop_on_mismatch: bool) -> None:

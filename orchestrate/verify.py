@@ -16,7 +16,7 @@ from zerokl.alignment.megatron.model_config import ModelError
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
-from zerokl.orchestrate import builtin_prompts, files, manifest, models
+from zerokl.orchestrate import builtin_prompts, manifest, models
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.data import read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
@@ -118,10 +118,6 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"rollout {first['rollout']}, trainer {first['trainer']}"
         )
     return [*out, "EQUAL, bit for bit" if result["equal"] else "NOT EQUAL"]
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    files.write_json(path, result)
 
 
 def _requests(settings: Settings) -> tuple[Path, list[Request]]:

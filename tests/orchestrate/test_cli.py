@@ -107,6 +107,12 @@ def test_bad_options(zerokl, tiny, options):
     assert zerokl("verify", "--model", tiny, *options)[0] == 2
 
 
+def test_a_result_that_could_not_be_written_is_refused_first(zerokl, tiny, tmp_path):
+    code, _, err = zerokl("verify", "--model", tiny, "--json", tmp_path)
+    assert code == 2
+    assert "cannot write" in err
+
+
 def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(zerokl, tiny, tmp_path):
     code, out, _ = zerokl(
         "train", RECIPES / "tiny.toml", "--dry-run", "--set", f"model.name={tiny}", "--set", "train.steps=7"
