@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from zerokl import kernels
@@ -67,13 +66,16 @@ class ZeroKLAttention(AttentionBackend):
         if unknown or self.batch is None:
             raise UnsupportedError(f"layer {layer.layer_id}: attention arguments {sorted(unknown)} are not supported")
         self.calls += 1
+        keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
         if save_kv_cache:
-            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            # not the pool's own setter: its indexed assignment waits for torch's OpenMP threads at every layer
+            keys.index_copy_(0, forward_batch.out_cache_loc, k)
+            values.index_copy_(0, forward_batch.out_cache_loc, v)
         shape = (-1, self.page_size, layer.tp_k_head_num, layer.qk_head_dim)
         out = kernels.attention_paged(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            self.pool.get_key_buffer(layer.layer_id).view(shape),
-            self.pool.get_value_buffer(layer.layer_id).view(shape),
+            keys.view(shape),
+            values.view(shape),
             self.batch.page_table,
             self.batch.seq_lens,
             self.batch.q_lens,
