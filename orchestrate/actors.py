@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,18 @@ def engine_config(config: Config, model: Path, *, stock: bool = False) -> Engine
     )
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where actors write: logs that stay, and a scratch folder that goes with the cluster."""
+
+    logs: Path
+    scratch: Path
+
+
 class Actors:
     """A rollout and a trainer actor on one model."""
 
-    def __init__(self, config: Config, model: Path, logs: Path, waiting: Waiting, *, stock: bool = False) -> None:
+    def __init__(self, config: Config, model: Path, places: Places, waiting: Waiting, *, stock: bool = False) -> None:
         """Start both and wait until they are ready. `stock`: the engines' own kernels, and no optimizer."""
         import ray
 
@@ -50,15 +59,15 @@ class Actors:
 
         self._waiting, self._config = waiting, config
         names = ("stock-rollout.log", "stock-trainer.log") if stock else ("rollout.log", "trainer.log")
-        self.logs = logs
-        rollout_log, trainer_log = (logs / name for name in names)
+        self.logs = places.logs
+        rollout_log, trainer_log = (places.logs / name for name in names)
         timeout = config.run.start_timeout_s
         train = config.train.model_copy(update={"threads": cores(config.train.threads)})
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
         self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
         started = (
-            self.rollout.start.remote(engine_config(config, model, stock=stock), rollout_log, timeout),
+            self.rollout.start.remote(engine_config(config, model, stock=stock), rollout_log, places.scratch, timeout),
             self.trainer.start.remote(model, train, trainer_log, stock=stock),
         )
         self.manifests: dict[str, Any] = {}

@@ -22,8 +22,10 @@ Waiting = Callable[[str, float], None]
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, *, cpus: int) -> Iterator[None]:
+def cluster(folder: Path, *, cpus: int) -> Iterator[Path]:
     """Ray for the length of the block: 127.0.0.1 only, a token of its own, no dashboard, no usage report.
+
+    Yields its scratch folder, which goes with it: actors put there what they may not be able to remove themselves.
 
     `cpus`: what its actors may claim together; they take turns, so this may exceed the machine's.
 
@@ -60,7 +62,7 @@ def cluster(folder: Path, *, cpus: int) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=scratch,
             )
-        yield
+        yield Path(scratch)
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zerokl.alignment.verify import compare
-from zerokl.orchestrate.actors import Actors
+from zerokl.orchestrate.actors import Actors, Places
 from zerokl.orchestrate.files import write_json
 from zerokl.orchestrate.preflight import Prepared
 from zerokl.orchestrate.progress import Progress
@@ -12,14 +12,14 @@ from zerokl.orchestrate.run_folder import RunFolder
 from zerokl.orchestrate.samples import Sample, plan
 
 
-def measure(prepared: Prepared, folder: RunFolder, progress: Progress) -> None:
+def measure(prepared: Prepared, folder: RunFolder, places: Places, progress: Progress) -> None:
     """Sample prompts of the last step with stock SGLang, score them with stock Megatron-Core, write control.json."""
     config = prepared.config
     progress.note("control: the same comparison with the engines' own kernels")
     tasks, requests = plan(config, prepared.source, prepared.tokenizer, config.train.steps)
     wanted = min(config.control.samples, len(requests))
     tasks, requests = tasks[:wanted], requests[:wanted]
-    actors = Actors(config, folder.path / "model", folder.logs, progress.waiting, stock=True)
+    actors = Actors(config, folder.path / "model", places, progress.waiting, stock=True)
     generations = actors.wait(
         actors.rollout.generate.remote(requests, config.run.step_timeout_s), "the control's rollouts"
     )

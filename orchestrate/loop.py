@@ -15,7 +15,7 @@ import numpy as np
 
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import control, report, rewards
-from zerokl.orchestrate.actors import Actors, claimed
+from zerokl.orchestrate.actors import Actors, Places, claimed
 from zerokl.orchestrate.algorithms import grpo
 from zerokl.orchestrate.cluster import cluster
 from zerokl.orchestrate.errors import RunError
@@ -35,10 +35,11 @@ def train(prepared: Prepared, *, resume: bool) -> bool:
     with RunFolder(locate(config.run.directory, resume=resume)) as folder, Progress() as progress:
         progress.note(f"run folder: {folder.path}")
         checkpoint = folder.begin(config, resume=resume)
-        with StopRequest() as stop, cluster(folder.path, cpus=claimed(config)):
-            finished = _steps(prepared, folder, progress, checkpoint, stop)
+        with StopRequest() as stop, cluster(folder.path, cpus=claimed(config)) as scratch:
+            places = Places(folder.logs, scratch)
+            finished = _steps(prepared, folder, places, progress, checkpoint, stop)
             if finished and config.control.enabled and not (folder.path / report.CONTROL).exists():
-                control.measure(prepared, folder, progress)
+                control.measure(prepared, folder, places, progress)
         if read(folder.path):
             page, _ = report.write(folder.path)
             progress.note(f"report: {page}")
@@ -46,7 +47,12 @@ def train(prepared: Prepared, *, resume: bool) -> bool:
 
 
 def _steps(
-    prepared: Prepared, folder: RunFolder, progress: Progress, checkpoint: Checkpoint | None, stop: StopRequest
+    prepared: Prepared,
+    folder: RunFolder,
+    places: Places,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    stop: StopRequest,
 ) -> bool:
     """All steps after the checkpoint; whether the last one was reached."""
     config = prepared.config
@@ -58,7 +64,7 @@ def _steps(
     sinks: list[Any] = [MetricsFile(folder.path, keep_through=done)]
     if config.run.tensorboard:
         sinks.append(TensorBoard(folder.path))
-    driver = Driver(prepared, folder, progress)
+    driver = Driver(prepared, folder, places, progress)
     try:
         driver.start(checkpoint)
         while done < config.train.steps and not stop:
@@ -96,10 +102,10 @@ def _check(metrics: StepMetrics, stop_on_mismatch: bool) -> None:
 class Driver:
     """Drives one rollout and one trainer actor through the steps of a run."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, progress: Progress) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, places: Places, progress: Progress) -> None:
         self.prepared, self.config = prepared, prepared.config
         self.folder, self.progress = folder, progress
-        self.actors = Actors(self.config, prepared.model, folder.logs, progress.waiting)
+        self.actors = Actors(self.config, prepared.model, places, progress.waiting)
         self.version = ""
 
     def start(self, checkpoint: Checkpoint | None) -> None:

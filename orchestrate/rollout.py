@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,15 @@ class Rollout:
 
     engine: RolloutEngine
 
-    def start(self, config: EngineConfig, log: Path, start_timeout_s: float) -> tuple[dict[str, Any], dict[str, str]]:
-        """Start the engine; returns (manifest, weights digest). Not the constructor: there, errors lose their type."""
+    def start(
+        self, config: EngineConfig, log: Path, scratch: Path, start_timeout_s: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Start the engine; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
+
+        The engine's temporary files go below `scratch`, which outlives this process if it is killed.
+        """
         redirect_output(log)
+        tempfile.tempdir = str(scratch)
         from zerokl.alignment.sglang.engine import RolloutEngine
 
         self.engine = RolloutEngine(config, start_timeout_s=start_timeout_s)
