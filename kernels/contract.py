@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, field
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 
 REDUCTION_LANES = 128
 """R3: lane j of a row reduction takes elements j, j + 128, ..."""
@@ -58,7 +58,11 @@ class Profile:
     attention_exp2: str
 
 
-CPU_FMA = Profile(name="cpu-fma", linear="chain of fma over ascending k, fp32", attention_exp2="polynomial")
+CPU = Profile(
+    name="cpu-bf16-pairs",
+    linear="fp32 chain over ascending pairs of k, odd k first, subnormals flushed",
+    attention_exp2="polynomial",
+)
 
 
 @dataclass(frozen=True)

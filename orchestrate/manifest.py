@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zerokl
-from zerokl.kernels.contract import CONTRACT_VERSION, CPU_FMA
+from zerokl.kernels.contract import CONTRACT_VERSION, CPU
 
 _NAMESPACE = "zerokl::"
 _ISA = ("scalar", "avx2", "avx512")  # what the compiled library's `set_isa` answers
@@ -47,7 +47,7 @@ def build(engine: dict[str, Any], trainer: dict[str, Any], observed: Observed) -
         entry["trainer_calls"] += calls
     return {
         "contract": CONTRACT_VERSION,
-        "profile": CPU_FMA.name,
+        "profile": CPU.name,
         "machine": platform.machine(),
         "ops": ops,
         "engine": engine,

@@ -95,7 +95,7 @@ static void attend_group(const AttentionShape& s, const Heads& head, int64_t fir
   for (int64_t t = 0; t < tiles; t++) {
     // spills W - kMR words into the next tile, which is packed after it
     Rows rows = tile_rows(t);
-    pack_across(true, [&](int r) { return head.query(rows.first + r); }, rows.count, dim, kMR, q + t * dim * kMR);
+    pack_across([&](int r) { return head.query(rows.first + r); }, rows.count, dim, kMR, q + t * dim * kMR);
   }
   const float c = s.scale * kLog2e;
   const int64_t last_key = tile_rows(tiles - 1).last_key(), first_key = tile_rows(0).first_key();

@@ -52,7 +52,7 @@ struct Heads {
 
   int64_t offset(int64_t row) const { return ((span.row + row / group) * heads + kv * group + row % group) * dim; }
   int64_t lse_index(int64_t row) const { return offset(row) / dim; }
-  const void* query(int64_t row) const { return q + offset(row); }
+  const uint16_t* query(int64_t row) const { return q + offset(row); }
   Rows rows(int64_t first, int count, const AttentionShape& s) const {
     return {first, count, group, span.before, keys, s.window, s.causal};
   }
@@ -78,7 +78,7 @@ static void for_equal_spans(const Rows& rows, const KeyBlock& block, Body body) 
 template <class Line>
 static void pack_keys(int keys, int64_t dim, Line line, float* out) {
   for (int n = 0; n < kAttentionBlock; n += kNR)
-    pack_across(true, [&](int j) { return static_cast<const void*>(line(n + j)); }, keys - n < 0 ? 0 : keys - n < kNR ? keys - n : kNR, dim, kNR,
+    pack_across([&](int j) { return line(n + j); }, keys - n < 0 ? 0 : keys - n < kNR ? keys - n : kNR, dim, kNR,
                 out + n * dim);
 }
 

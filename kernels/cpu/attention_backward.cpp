@@ -56,7 +56,7 @@ template <class Line>
 void pack_rows_along(int rows, int64_t dim, Line line, float* out) {
   zero(out, (dim + kNR - 1) / kNR * kMR * kNR);
   for (int r = 0; r < rows; r++) {
-    const uint16_t* p = static_cast<const uint16_t*>(line(r));
+    const uint16_t* p = line(r);
     for (int64_t d = 0; d < dim; d += W) store(out + ((d / kNR) * kMR + r) * kNR + d % kNR, load_bf16_n(p + d, dim - d < W ? int(dim - d) : W));
   }
 }
@@ -132,9 +132,9 @@ void attention_backward(const AttentionShape& s, int64_t sequences, const int32_
     for (int64_t t = 0; t < tiles; t++) {
       const Rows rows = tile_rows(t);
       auto query = [&](int r) { return head.query(rows.first + r); };
-      auto grad = [&](int r) { return static_cast<const void*>(dout + head.offset(rows.first + r)); };
-      pack_across(true, query, rows.count, dim, kMR, b.q_across + t * dim * kMR);
-      pack_across(true, grad, rows.count, dim, kMR, b.g_across + t * dim * kMR);
+      auto grad = [&](int r) { return dout + head.offset(rows.first + r); };
+      pack_across(query, rows.count, dim, kMR, b.q_across + t * dim * kMR);
+      pack_across(grad, rows.count, dim, kMR, b.g_across + t * dim * kMR);
       pack_rows_along(rows.count, dim, query, b.q_along + t * along);
       pack_rows_along(rows.count, dim, grad, b.g_along + t * along);
       for (int r = 0; r < rows.count; r++) {

@@ -17,14 +17,15 @@ namespace zerokl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 Isa isa();
 
 // Calls the kernel compiled for this CPU.
-#define ZEROKL_CALL(kernel, ...)                              \
-  (::zerokl::isa() == ::zerokl::Isa::kAvx512                  \
-       ? ::zerokl::avx512::kernel(__VA_ARGS__)                \
-       : ::zerokl::isa() == ::zerokl::Isa::kAvx2 ? ::zerokl::avx2::kernel(__VA_ARGS__) : ::zerokl::scalar::kernel(__VA_ARGS__))
+#define ZEROKL_CALL(kernel, ...)                                                                                    \
+  (::zerokl::isa() == ::zerokl::Isa::kAvx512Bf16 ? ::zerokl::avx512bf16::kernel(__VA_ARGS__)                        \
+   : ::zerokl::isa() == ::zerokl::Isa::kAvx512   ? ::zerokl::avx512::kernel(__VA_ARGS__)                            \
+   : ::zerokl::isa() == ::zerokl::Isa::kAvx2     ? ::zerokl::avx2::kernel(__VA_ARGS__)                              \
+                                                 : ::zerokl::scalar::kernel(__VA_ARGS__))
 
 template <class T>
 struct TypeOf;

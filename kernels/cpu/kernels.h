@@ -24,9 +24,8 @@ struct PageTable {
   namespace zerokl::ISA {                                                                                                       \
   void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, const float* bias, void* y, bool y_bf16,   \
               int segments);                                                                                                    \
-  void linear_dx(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, const uint16_t* w, void* dx, bool dx_bf16,      \
-                 bool add);                                                                                                     \
-  void linear_dw(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, int64_t dy_row, const uint16_t* x, float* dw);  \
+  void linear_dx(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* w, void* dx, bool dx_bf16, bool add);     \
+  void linear_dw(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* x, float* dw);                            \
   void bias_grad(int64_t m, int64_t n, const uint16_t* dy, float* db);                                                          \
   void embedding(int64_t tokens, int64_t h, const int64_t* ids, const uint16_t* w, uint16_t* y);                                \
   void embedding_dw(int64_t tokens, int64_t h, const int64_t* ids, const uint16_t* dy, float* dw);                              \
@@ -52,7 +51,7 @@ struct PageTable {
   void row_weights(int64_t vocab, const float* z, float maximum, float* e);                                                     \
   void row_keep(int64_t vocab, float* z, int64_t first, float cut, int64_t cut_index);                                          \
   void row_grad(int64_t vocab, float* z, int64_t first, float maximum, float sum, int64_t target, float grad,                   \
-                float temperature, float cut, int64_t cut_index);                                                               \
+                float temperature, float cut, int64_t cut_index, uint16_t* out);                                                \
   float selected(float z, float maximum, float sum);                                                                            \
   float entropy(float sum, float moment);                                                                                       \
   int64_t argmax(int64_t vocab, const float* z);                                                                                \
@@ -65,4 +64,5 @@ struct PageTable {
 ZEROKL_DECLARE(scalar)
 ZEROKL_DECLARE(avx2)
 ZEROKL_DECLARE(avx512)
+ZEROKL_DECLARE(avx512bf16)
 #undef ZEROKL_DECLARE

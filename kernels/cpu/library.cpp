@@ -17,7 +17,8 @@ using Optional = std::optional<Tensor>;
 void op_linear(const Tensor x, const Tensor w, const Optional bias, int64_t segments, const Tensor y) {
   const int64_t n = w.size(0), k = w.size(1);
   const int64_t m = k ? x.numel() / k : 0;
-  STD_TORCH_CHECK(segments >= 1 && (segments & (segments - 1)) == 0 && k % segments == 0, "zerokl::linear: segments must be a power of two that divides K");
+  STD_TORCH_CHECK(segments >= 1 && (segments & (segments - 1)) == 0 && (segments == 1 || k % (2 * segments) == 0),
+                  "zerokl::linear: segments must be a power of two that cuts K into even parts");
   STD_TORCH_CHECK(y.numel() == m * n, "zerokl::linear: y has the wrong size");
   void* out = is_bf16(y) ? static_cast<void*>(data<uint16_t>(y)) : data<float>(y);
   ZEROKL_CALL(linear, m, n, k, data<uint16_t>(x), data<uint16_t>(w), data<float>(bias), out, is_bf16(y), int(segments));
@@ -26,15 +27,13 @@ void op_linear(const Tensor x, const Tensor w, const Optional bias, int64_t segm
 void op_linear_dx(const Tensor dy, const Tensor w, const Tensor dx) {
   const int64_t n = w.size(0), k = w.size(1), m = dy.numel() / n;
   STD_TORCH_CHECK(dx.numel() == m * k, "zerokl::linear_dx: dx has the wrong size");
-  const void* in = is_bf16(dy) ? static_cast<void*>(data<uint16_t>(dy)) : data<float>(dy);
-  ZEROKL_CALL(linear_dx, m, n, k, in, is_bf16(dy), data<uint16_t>(w), data<uint16_t>(dx), true, false);
+  ZEROKL_CALL(linear_dx, m, n, k, data<uint16_t>(dy), data<uint16_t>(w), data<uint16_t>(dx), true, false);
 }
 
 void op_linear_dw(const Tensor dy, const Tensor x, const Tensor dw) {
   const int64_t n = dw.size(0), k = dw.size(1), m = dy.numel() / n;
   STD_TORCH_CHECK(x.numel() == m * k, "zerokl::linear_dw: x and dy disagree");
-  const void* in = is_bf16(dy) ? static_cast<void*>(data<uint16_t>(dy)) : data<float>(dy);
-  ZEROKL_CALL(linear_dw, m, n, k, in, is_bf16(dy), n, data<uint16_t>(x), data<float>(dw));
+  ZEROKL_CALL(linear_dw, m, n, k, data<uint16_t>(dy), data<uint16_t>(x), data<float>(dw));
 }
 
 void op_bias_grad(const Tensor dy, const Tensor db) {

@@ -5,17 +5,17 @@
 namespace zerokl::ZEROKL_ISA {
 
 void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, const float* bias, void* y, bool y_bf16, int segments) {
-  gemm(m, n, k, {x, true, k, 1}, {w, true, 1, k}, {y, y_bf16, n, bias, false}, segments);
+  gemm(m, n, k, {x, k, 1}, {w, 1, k}, {y, y_bf16, n, bias, false}, segments);
 }
 
 // dx[m, k] = dy[m, n] w[n, k], chain over ascending n
-void linear_dx(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, const uint16_t* w, void* dx, bool dx_bf16, bool add) {
-  gemm(m, k, n, {dy, dy_bf16, n, 1}, {w, true, k, 1}, {dx, dx_bf16, k, nullptr, add});
+void linear_dx(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* w, void* dx, bool dx_bf16, bool add) {
+  gemm(m, k, n, {dy, n, 1}, {w, k, 1}, {dx, dx_bf16, k, nullptr, add});
 }
 
 // dw[n, k] += dy[m, n]^T x[m, k], the chain continuing from dw over ascending tokens m
-void linear_dw(int64_t m, int64_t n, int64_t k, const void* dy, bool dy_bf16, int64_t dy_row, const uint16_t* x, float* dw) {
-  gemm(n, k, m, {dy, dy_bf16, 1, dy_row}, {x, true, k, 1}, {dw, false, k, nullptr, true});
+void linear_dw(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* x, float* dw) {
+  gemm(n, k, m, {dy, 1, n}, {x, k, 1}, {dw, false, k, nullptr, true});
 }
 
 // db[n] += sum over ascending tokens of dy[m, n]

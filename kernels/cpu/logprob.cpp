@@ -82,16 +82,16 @@ void row_keep(int64_t vocab, float* z, int64_t first, float cut, int64_t cut_ind
     if (z[i] < cut || (z[i] == cut && first + i > cut_index)) z[i] = -__builtin_inff();
 }
 
-// In place: z (after temperature) becomes d logits = grad (1[target] - p) / temperature, p = exp(z - maximum) / sum.
+// d logits = grad (1[target] - p) / temperature, p = exp(z - maximum) / sum, of z after temperature; one RNE to bf16.
 void row_grad(int64_t vocab, float* z, int64_t first, float maximum, float sum, int64_t target, float grad, float temperature,
-              float cut, int64_t cut_index) {
+              float cut, int64_t cut_index, uint16_t* out) {
   if (cut > -__builtin_inff()) row_keep(vocab, z, first, cut, cut_index);
   for (int64_t i = 0; i < vocab; i += W) {
     int valid = vocab - i < W ? int(vocab - i) : W;
     vf p = exp2((load_n(z + i, valid, 0.0f) - set1(maximum)) * set1(kLog2e)) / set1(sum);
     vf hit = {};
     if (target - first >= i && target - first < i + W) hit[int(target - first - i)] = 1.0f;
-    store_n(z + i, (set1(grad) * (hit - p)) / set1(temperature), valid);
+    store_bf16_n(out + i, (set1(grad) * (hit - p)) / set1(temperature), valid);
   }
 }
 

@@ -119,12 +119,13 @@ void score(const Hidden& h, const Sampling& p, const int64_t* targets, bool entr
   }
 }
 
-// Recomputes the logits segment by segment, turns them into their gradient in place, and multiplies on:
+// Recomputes the logits segment by segment, turns them into their bf16 gradient, and multiplies on:
 // dh over ascending vocabulary, dw over ascending tokens, both one fp32 chain.
 void score_backward(const Hidden& h, const float* temperature, const int64_t* targets, const RowScore* scores, const float* grad, float* dh,
                     float* dw) {
   const int64_t width = segment_width(h.vocab);
   Floats logits(static_cast<size_t>(std::min(kRowBlock, h.rows) * width));
+  std::vector<uint16_t> gradient(logits.size());
   for (int64_t first = 0; first < h.rows; first += kRowBlock) {
     const int64_t rows = std::min(kRowBlock, h.rows - first);
     const uint16_t* x = h.x + first * h.width;
@@ -138,10 +139,11 @@ void score_backward(const Hidden& h, const float* temperature, const int64_t* ta
         const int64_t row = first + r;
         const RowScore& s = scores[row];
         ZEROKL_CALL(row_scale, n, z, temperature[row], z);
-        ZEROKL_CALL(row_grad, n, z, begin, s.maximum, s.sum, targets[row], grad[row], temperature[row], s.cut.value, s.cut.index);
+        ZEROKL_CALL(row_grad, n, z, begin, s.maximum, s.sum, targets[row], grad[row], temperature[row], s.cut.value, s.cut.index,
+                    gradient.data() + r * n);
       });
-      if (dh) ZEROKL_CALL(linear_dx, rows, n, h.width, logits.data(), false, w, dh + first * h.width, false, true);
-      if (dw) ZEROKL_CALL(linear_dw, rows, n, h.width, logits.data(), false, n, x, dw + begin * h.width);
+      if (dh) ZEROKL_CALL(linear_dx, rows, n, h.width, gradient.data(), w, dh + first * h.width, false, true);
+      if (dw) ZEROKL_CALL(linear_dw, rows, n, h.width, gradient.data(), x, dw + begin * h.width);
     }
   }
 }

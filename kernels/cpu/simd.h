@@ -38,6 +38,8 @@ ZK_INLINE vf set1(float x) { return x - vf{}; }
 ZK_INLINE vi set1i(int32_t x) { return x - vi{}; }
 ZK_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 ZK_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
+ZK_INLINE vi load_words(const int32_t* p) { return *reinterpret_cast<const vi_u*>(p); }
+ZK_INLINE void store_words(int32_t* p, vi x) { *reinterpret_cast<vi_u*>(p) = x; }
 ZK_INLINE vi bits(vf x) { return reinterpret_cast<vi&>(x); }
 ZK_INLINE vf as_float(vi x) { return reinterpret_cast<vf&>(x); }
 
@@ -102,6 +104,13 @@ ZK_INLINE vf load_bf16_n(const uint16_t* p, int n) {
   uint16_t t[W];
   for (int i = 0; i < W; i++) t[i] = i < n ? p[i] : uint16_t(0);
   return load_bf16(t);
+}
+// The first n bf16 as words, in the lower halves.
+ZK_INLINE vi widen_n(const uint16_t* p, int n) {
+  if (n >= W) return __builtin_convertvector(*reinterpret_cast<const vh_u*>(p), vi);
+  vi t = {};
+  for (int i = 0; i < n; i++) t[i] = p[i];
+  return t;
 }
 ZK_INLINE void store_n(float* p, vf x, int n) {
   if (n == W) return store(p, x);

@@ -17,13 +17,6 @@ constexpr int kMR = 4;
 #endif
 constexpr int kNR = 2 * W;
 
-// Element (i, j) at data[i * row + j * col]; one of the strides is 1.
-struct Matrix {
-  const void* data;
-  bool bf16;
-  int64_t row, col;
-};
-
 // c[r][kNR] (+)= sum over k of a[k * a_step + r] b[k][kNR]
 template <int R>
 static void micro_rows(int64_t kc, const float* a, int64_t a_step, const float* b, float* c, bool add) {
@@ -63,51 +56,6 @@ ZK_INLINE void micro(int rows, int64_t kc, const float* a, int64_t a_step, const
 #undef ZK_CASE
 }
 
-// micro_rows with b as pairs of bf16, [kc / 2][kNR] words: even k in the lower half, odd k in the upper. Widened on the way
-// into the chains, for panels that too few rows use to repay widening them in memory.
-template <int R>
-static void micro_pair_rows(int64_t kc, const float* a, int64_t a_step, const int32_t* b, float* c, bool add) {
-  vf acc[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    acc[r][0] = add ? load(c + r * kNR) : vf{};
-    acc[r][1] = add ? load(c + r * kNR + W) : vf{};
-  }
-  for (int64_t k = 0; k < kc; k += 2) {
-    const vi p0 = *reinterpret_cast<const vi_u*>(b + k / 2 * kNR), p1 = *reinterpret_cast<const vi_u*>(b + k / 2 * kNR + W);
-    const vf even0 = as_float(p0 << 16), even1 = as_float(p1 << 16);
-    const vf odd0 = as_float(p0 & int32_t(0xffff0000)), odd1 = as_float(p1 & int32_t(0xffff0000));
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      vf x = set1(a[k * a_step + r]), y = set1(a[(k + 1) * a_step + r]);
-      acc[r][0] = fma(y, odd0, fma(x, even0, acc[r][0]));
-      acc[r][1] = fma(y, odd1, fma(x, even1, acc[r][1]));
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    store(c + r * kNR, acc[r][0]);
-    store(c + r * kNR + W, acc[r][1]);
-  }
-}
-
-ZK_INLINE void micro_pairs(int rows, int64_t kc, const float* a, int64_t a_step, const int32_t* b, float* c, bool add) {
-#define ZK_CASE(R) \
-  case R: return micro_pair_rows<R>(kc, a, a_step, b, c, add);
-  switch (rows) { ZK_ROWS(ZK_CASE) }
-#undef ZK_CASE
-}
-
-ZK_INLINE vf load_any(const Matrix& m, int64_t offset) {
-  return m.bf16 ? load_bf16(static_cast<const uint16_t*>(m.data) + offset) : load(static_cast<const float*>(m.data) + offset);
-}
-ZK_INLINE vf load_any_n(const Matrix& m, int64_t offset, int n) {
-  if (n >= W) return load_any(m, offset);
-  if (n <= 0) return vf{};
-  return m.bf16 ? load_bf16_n(static_cast<const uint16_t*>(m.data) + offset, n)
-                : load_n(static_cast<const float*>(m.data) + offset, n, 0.0f);
-}
-
 // In-register transpose of W x W words: log2(W) rounds, round S exchanging bit S of row and lane.
 template <int S, class V>
 ZK_INLINE void transpose_from(V* x) {
@@ -131,52 +79,32 @@ ZK_INLINE void transpose(V* x) {
   transpose_from<1>(x);
 }
 
-// out[k][width] for k in [0, kc): `lines` lines (rows of A, columns of B or keys), each contiguous along k and starting at
+// out[k][width] for k in [0, kc): `lines` bf16 lines (query rows, keys), widened, each contiguous along k and starting at
 // line(i); those past `lines` read as zero. Writes W words at a time: a group narrower than W spills into the next k,
 // which is written after it.
 template <class Line>
-static void pack_across(bool bf16, Line line, int lines, int64_t kc, int width, float* out) {
+static void pack_across(Line line, int lines, int64_t kc, int width, float* out) {
   for (int group = 0; group < width; group += W) {
     int n = lines - group < W ? lines - group : W;
     int64_t k = 0;
-    if (bf16) {
-      // two bf16 to a word: half the words to transpose, then split
-      for (; k + 2 * W <= kc; k += 2 * W) {
-        vi x[W];
+    // two bf16 to a word: half the words to transpose, then split
+    for (; k + 2 * W <= kc; k += 2 * W) {
+      vi x[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++)
-          x[i] = i < n ? *reinterpret_cast<const vi_u*>(static_cast<const uint16_t*>(line(group + i)) + k) : vi{};
-        transpose(x);
+      for (int i = 0; i < W; i++) x[i] = i < n ? load_words(reinterpret_cast<const int32_t*>(line(group + i) + k)) : vi{};
+      transpose(x);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) {
-          store(out + (k + 2 * i) * width + group, as_float(x[i] << 16));
-          store(out + (k + 2 * i + 1) * width + group, as_float(x[i] & int32_t(0xffff0000)));
-        }
+      for (int i = 0; i < W; i++) {
+        store(out + (k + 2 * i) * width + group, as_float(x[i] << 16));
+        store(out + (k + 2 * i + 1) * width + group, as_float(x[i] & int32_t(0xffff0000)));
       }
     }
     for (; k < kc; k += W) {
       int left = kc - k < W ? int(kc - k) : W;
       vf x[W];
-      for (int i = 0; i < W; i++) x[i] = i < n ? load_any_n({line(group + i), bf16, 0, 1}, k, left) : vf{};
+      for (int i = 0; i < W; i++) x[i] = i < n ? load_bf16_n(line(group + i) + k, left) : vf{};
       transpose(x);
       for (int i = 0; i < left; i++) store(out + (k + i) * width + group, x[i]);
-    }
-  }
-}
-
-// out[kc / 2][kNR]: bf16 columns as pairs for micro_pairs; kc a multiple of 2 W.
-template <class Line>
-static void pack_pairs(Line line, int lines, int64_t kc, int32_t* out) {
-  for (int group = 0; group < kNR; group += W) {
-    const int n = lines - group < W ? lines - group : W;
-    for (int64_t k = 0; k < kc; k += 2 * W) {
-      vi x[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++)
-        x[i] = i < n ? *reinterpret_cast<const vi_u*>(static_cast<const uint16_t*>(line(group + i)) + k) : vi{};
-      transpose(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) *reinterpret_cast<vi_u*>(out + (k / 2 + i) * kNR + group) = x[i];
     }
   }
 }

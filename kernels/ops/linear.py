@@ -29,7 +29,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        dy = dy.contiguous()
+        dy = dy.to(torch.bfloat16).contiguous()  # the gradient of an fp32 output is rounded once
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
@@ -40,7 +40,7 @@ class _Linear(torch.autograd.Function):
             dw = grad.result()
         if ctx.bias is not None and ctx.needs_input_grad[2]:
             grad = WeightGrad(ctx.bias)
-            ops.bias_grad(dy.to(torch.bfloat16), grad.buffer)
+            ops.bias_grad(dy, grad.buffer)
             db = grad.result()
         return dx, dw, db, None, None
 
@@ -53,7 +53,7 @@ def linear(
     segments: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``y = x @ w.T (+ bias)``, one fp32 fma chain over ascending k per output (R1), one rounding at the end.
+    """``y = x @ w.T (+ bias)``, one fp32 chain over ascending pairs of k per output (R1), one rounding at the end.
 
     Args:
         x: bf16 [..., K].
@@ -80,9 +80,9 @@ def linear(
         out_dtype in (torch.bfloat16, torch.float32), "linear", f"out_dtype {out_dtype}; supported: bfloat16, float32"
     )
     check(
-        segments >= 1 and segments & (segments - 1) == 0 and w.shape[1] % segments == 0,
+        segments >= 1 and segments & (segments - 1) == 0 and (segments == 1 or w.shape[1] % (2 * segments) == 0),
         "linear",
-        f"segments={segments} must be a power of two that divides K={w.shape[1]}",
+        f"segments={segments} must be a power of two that cuts K={w.shape[1]} into even parts",
     )
     check(w.is_contiguous(), "linear", "w must be contiguous")
     forward = _Linear.apply if needs_grad(x, w, bias) else _linear

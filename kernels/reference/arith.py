@@ -18,23 +18,39 @@ def _view(x: Array, dtype: type) -> Array:
     return np.ascontiguousarray(x).view(dtype).reshape(np.shape(x))
 
 
-def fma(a: Array | F32, b: Array | F32, c: Array | F32) -> Array:
-    """``a * b + c`` in fp32 with one rounding, elementwise.
+def _odd_sum(a: Array | F32, b: Array | F32, c: Array | F32) -> Array:
+    """``a * b + c`` of fp32 values in float64, rounded to odd (Boldo and Melquiond, 2008).
 
-    The product of two fp32 is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, 2008), so
-    rounding it to fp32 afterwards cannot round twice.
+    The product is exact in float64; rounding the odd-rounded sum once more, to fp32, cannot round twice.
     """
+    product = np.multiply(a, b, dtype=np.float64)
+    addend = np.asarray(c, dtype=np.float64)
+    total = product + addend
+    # Knuth's two-sum: what the rounded total lost
+    virtual = total - product
+    lost = (product - (total - virtual)) + (addend - virtual)
+    even_inexact = (_view(total, np.int64) & 1 == 0) & (lost != 0) & np.isfinite(total)
+    return np.where(even_inexact, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+
+
+def fma(a: Array | F32, b: Array | F32, c: Array | F32) -> Array:
+    """``a * b + c`` in fp32 with one rounding, elementwise."""
     with np.errstate(all="ignore"):
-        product = np.multiply(a, b, dtype=np.float64)
-        addend = np.asarray(c, dtype=np.float64)
-        total = product + addend
-        # Knuth's two-sum: what the rounded total lost
-        virtual = total - product
-        lost = (product - (total - virtual)) + (addend - virtual)
-        bits = _view(total, np.int64)
-        even_inexact = (bits & 1 == 0) & (lost != 0) & np.isfinite(total)
-        toward = np.where(lost > 0, np.inf, -np.inf)
-        return np.where(even_inexact, np.nextafter(total, toward), total).astype(F32)
+        return _odd_sum(a, b, c).astype(F32)
+
+
+def _flush(x: Array) -> Array:
+    """Subnormals to zero of the same sign."""
+    return np.where(np.abs(x) < F32(2.0**-126), np.copysign(F32(0), x), x)
+
+
+def fma_flushed(a: Array, b: Array, c: Array) -> Array:
+    """The fma of R1: subnormal operands read as zero, and so does a result that is subnormal once rounded."""
+    with np.errstate(all="ignore"):
+        total = _odd_sum(_flush(a), _flush(b), _flush(c))
+        # tiny after rounding: judged with the exponent range of fp32 moved out of the way
+        tiny = np.abs((total * 2.0**100).astype(F32)) < F32(2.0**-26)
+        return np.where(tiny, np.copysign(F32(0), total), total.astype(F32)).astype(F32)
 
 
 def bf16(x: Array) -> Array:
@@ -101,8 +117,11 @@ def lane_reduce(n: int, step: Callable[[Array, slice, slice], None]) -> Any:
 
 
 def chain(a: Array, b: Array, start: Array | None = None) -> Array:
-    """R1: ``a [M, K] @ b [K, N]``, one fma chain over ascending k per output, from ``start`` or +0."""
+    """R1: ``a [M, K] @ b [K, N]``, from ``start`` or +0: per output one chain over pairs of k, odd k first."""
     acc = np.zeros((a.shape[0], b.shape[1]), dtype=F32) if start is None else start.astype(F32)
-    for k in range(a.shape[1]):
-        acc = fma(a[:, k : k + 1], b[k : k + 1, :], acc)
+    if a.shape[1] % 2:
+        a, b = np.pad(a, ((0, 0), (0, 1))), np.pad(b, ((0, 1), (0, 0)))
+    for k in range(0, a.shape[1], 2):
+        for i in (k + 1, k):
+            acc = fma_flushed(a[:, i : i + 1], b[i : i + 1, :], acc)
     return acc

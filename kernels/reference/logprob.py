@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import contract
-from .arith import F32, LN2, LOG2E, Array, exp2, fma, lane_reduce, log2
+from .arith import F32, LN2, LOG2E, Array, bf16, exp2, fma, lane_reduce, log2
 
 SEGMENTS = contract.VOCAB_SEGMENTS
 Sum = tuple[F32, F32, F32]
@@ -80,9 +80,9 @@ def logprob_row(
 def logits_gradient(
     logits: Array, target: int, grad: float, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> Array:
-    """d logits of one row: grad (1[target] - p) / temperature."""
+    """d logits of one row, rounded once to bf16: grad (1[target] - p) / temperature."""
     z = keep((logits / F32(temperature)).astype(F32), top_p, top_k)
     m, total, _ = softmax_sum(z)
     p = (_exp((z - m).astype(F32)) / total).astype(F32)
     hit = (np.arange(len(z)) == target).astype(F32)
-    return ((F32(grad) * (hit - p)).astype(F32) / F32(temperature)).astype(F32)
+    return bf16(((F32(grad) * (hit - p)).astype(F32) / F32(temperature)).astype(F32))

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from zerokl.kernels.ops._common import ops
 
-ISA = {0: "scalar", 1: "avx2", 2: "avx512"}
+ISA = {0: "scalar", 1: "avx2", 2: "avx512", 3: "avx512bf16"}
 
 
 @pytest.fixture(params=list(ISA), ids=ISA.get)
