@@ -112,7 +112,7 @@ class RewardTable(Table):
 
 
 class ControlTable(Table):
-    """The same comparison with the engines' own kernels, once after training: what the difference would have been."""
+    """The first step once more with the engines' own kernels, after training: what the difference would have been."""
 
     enabled: bool = False
     samples: int = Field(default=16, ge=1)

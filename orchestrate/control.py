@@ -1,4 +1,4 @@
-"""The control: the same comparison with the engines' own kernels, on the trained model and the run's own prompts."""
+"""The control: the run's first step once more with the engines' own kernels, same weights, same prompts, same seeds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from zerokl.orchestrate.samples import Sample, plan
 
 
 def measure(prepared: Prepared, folder: RunFolder, places: Places, progress: Progress) -> None:
-    """Sample prompts of the last step with stock SGLang, score them with stock Megatron-Core, write control.json."""
+    """Sample the first step with stock SGLang, score it with stock Megatron-Core, write control.json.
+
+    With the starting weights: a trained policy is nearly certain of its tokens, which hides differences.
+    """
     config = prepared.config
     progress.note("control: the same comparison with the engines' own kernels")
-    tasks, requests = plan(config, prepared.source, prepared.tokenizer, config.train.steps)
-    wanted = min(config.control.samples, len(requests))
-    tasks, requests = tasks[:wanted], requests[:wanted]
-    actors = Actors(config, folder.path / "model", places, progress.waiting, stock=True)
+    _, requests = plan(config, prepared.source, prepared.tokenizer, 1)
+    requests = requests[: config.control.samples]
+    actors = Actors(config, prepared.model, places, progress.waiting, stock=True)
     generations = actors.wait(
         actors.rollout.generate.remote(requests, config.run.step_timeout_s), "the control's rollouts"
     )

@@ -60,7 +60,7 @@ def _steps(
     if done >= config.train.steps and (folder.path / "model").is_dir():
         progress.note(f"all {done} steps are done")
         return True
-    _remove_results(folder)
+    shutil.rmtree(folder.path / "model", ignore_errors=True)  # of an earlier, shorter end of this run
     sinks: list[Any] = [MetricsFile(folder.path, keep_through=done)]
     if config.run.tensorboard:
         sinks.append(TensorBoard(folder.path))
@@ -83,12 +83,6 @@ def _steps(
             sink.close()
     driver.actors.close()
     return done >= config.train.steps
-
-
-def _remove_results(folder: RunFolder) -> None:
-    """What was made of an earlier end of this run: it would not belong to the steps that follow."""
-    shutil.rmtree(folder.path / "model", ignore_errors=True)
-    (folder.path / report.CONTROL).unlink(missing_ok=True)
 
 
 def _check(metrics: StepMetrics, stop_on_mismatch: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from zerokl.orchestrate.errors import UserError
 from zerokl.orchestrate.files import write_text
 
 CONTROL = "control.json"
+_SIDES = ["", "this run, all steps", "stock kernels, first step"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
@@ -98,13 +100,14 @@ def _draw_reward(axes: Any, steps: list[dict[str, Any]]) -> None:
 
 
 def _draw_kl(axes: Any, steps: list[dict[str, Any]], control: dict[str, Any] | None) -> None:
-    ours = [s["kl_k3"] if s["kl_k3"] is not None else float("nan") for s in steps]
-    x = [s["step"] for s in steps]
-    axes.plot(x, ours, color="#0a7d32", linewidth=2, label=f"this run: {max(ours):.3g}")
-    if control is not None:
-        value = control["kl"]["k3"]
-        axes.axhline(value, color="#c0392b", linestyle="--", label=f"stock kernels: {value:.2e}")
-        axes.set_yscale("symlog", linthresh=max(value, 1e-12) / 100)
+    ours = [math.nan if s["kl_k3"] is None else s["kl_k3"] for s in steps]
+    largest = max((value for value in ours if not math.isnan(value)), default=math.nan)
+    axes.plot([s["step"] for s in steps], ours, color="#0a7d32", linewidth=2, label=f"this run: {largest:.3g}")
+    stock = control["kl"]["k3"] if control else None
+    if stock:
+        axes.axhline(stock, color="#c0392b", linestyle="--", label=f"stock kernels, step 1: {stock:.2e}")
+        axes.set_yscale("symlog", linthresh=stock / 100)  # the one logarithmic axis that has a zero
+        axes.set_ylim(-stock / 200, 10 * max(stock, *(value for value in ours if not math.isnan(value))))
     axes.set(title="KL between rollout and training (k3)", xlabel="step")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -142,7 +145,7 @@ def _page(folder: Path, steps: list[dict[str, Any]], control: dict[str, Any] | N
 ({total["mismatched_tokens"]} of {total["tokens"]:,} tokens differ).</p>
 <img alt="reward, KL and time per step" src="data:image/png;base64,{base64.b64encode(image).decode()}">
 <h2>Summary</h2>{_table(["", ""], summary)}
-<h2>Rollout against training</h2>{_table(["", "this run", "stock kernels (control)"], _beside(total, control))}
+<h2>Rollout against training</h2>{_table(_SIDES, _beside(total, control))}
 <h2>Recipe</h2><pre>{html.escape(recipe)}</pre>
 </html>
 """

@@ -134,6 +134,8 @@ def test_report_says_so_when_bits_differ(tmp_path):
     file = metrics.MetricsFile(tmp_path, keep_through=0)
     file.append(step(1, mismatched_tokens=1, max_abs_diff=float("nan"), kl_k3=float("nan"), kl_k1=float("nan")))
     file.close()
+    nothing = {"tokens": 5, "mismatched_tokens": 5, "max_abs_diff": None, "kl": {"k1": None, "k2": None, "k3": None}}
+    (tmp_path / report.CONTROL).write_text(json.dumps(nothing))
     text = report.write(tmp_path)[0].read_text()
     assert "NOT equal" in text
     assert "not finite" in text
