@@ -57,8 +57,8 @@ class PackedBatch:
 
     tokens int64 [T]; positions int64 [T] (restart at 0 in every sequence); cu_seqlens int32 [B + 1];
     rows int64 [n]: the packed rows whose next token was sampled; targets int64 [n]: those tokens;
-    temperature fp32 [n], top_p fp32 [n], top_k int32 [n]: the distribution each was sampled from (temperature 0, greedy,
-    is scored at temperature 1 without filters); sequence int64 [n]: the sequence each row belongs to.
+    temperature fp32 [n], top_p fp32 [n], top_k int32 [n]: the distribution each was sampled from (greedy, temperature
+    0 or top_k 1, is scored at temperature 1 without filters); sequence int64 [n]: the sequence each row belongs to.
     """
 
     tokens: torch.Tensor
@@ -78,7 +78,9 @@ class PackedBatch:
         Raises ValueError for unequal lengths, an empty prompt or an empty batch.
         """
         if len(requests) != len(generations) or not requests:
-            raise ValueError(f"pack needs as many generations as requests, and at least one: got {len(requests)} requests, {len(generations)} generations")
+            raise ValueError(
+                f"pack needs as many generations as requests, and at least one: got {len(requests)} requests, {len(generations)} generations"
+            )
         tokens: list[int] = []
         positions: list[int] = []
         cu = [0]
@@ -90,7 +92,9 @@ class PackedBatch:
             if not request.input_ids:
                 raise ValueError(f"request {index} has an empty prompt: nothing precedes its first sampled token")
             # the last sampled token is never fed back, exactly as in decoding
-            ids = [*request.input_ids, *generation.output_ids[:-1]] if generation.output_ids else list(request.input_ids)
+            ids = (
+                [*request.input_ids, *generation.output_ids[:-1]] if generation.output_ids else list(request.input_ids)
+            )
             start, first = cu[-1], cu[-1] + len(request.input_ids) - 1
             tokens += ids
             positions += range(len(ids))
@@ -99,7 +103,7 @@ class PackedBatch:
             rows += range(first, first + n)
             targets += generation.output_ids
             s = request.sampling
-            greedy = s.temperature == 0
+            greedy = s.temperature == 0 or s.top_k == 1  # SGLang's own form of greedy
             sampling += [(1.0, 1.0, 0) if greedy else (s.temperature, s.top_p, s.top_k)] * n
             owner += [index] * n
         return PackedBatch(
