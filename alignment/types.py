@@ -78,9 +78,8 @@ class PackedBatch:
         Raises ValueError for unequal lengths, an empty prompt or an empty batch.
         """
         if len(requests) != len(generations) or not requests:
-            raise ValueError(
-                f"pack needs as many generations as requests, and at least one: got {len(requests)} requests, {len(generations)} generations"
-            )
+            got = f"{len(requests)} requests, {len(generations)} generations"
+            raise ValueError(f"pack needs as many generations as requests, and at least one: got {got}")
         tokens: list[int] = []
         positions: list[int] = []
         cu = [0]
