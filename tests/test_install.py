@@ -52,7 +52,17 @@ def test_wheel_in_an_empty_environment(tmp_path):
         path = Path(module.__file__)
         source = path.parent if path.name == "__init__.py" else path
         (borrowed / source.name).symlink_to(source)
-    for extra in ("numpy.libs", "torchgen", "sympy", "mpmath", "filelock", "jinja2", "markupsafe", "networkx", "fsspec"):
+    for extra in (
+        "numpy.libs",
+        "torchgen",
+        "sympy",
+        "mpmath",
+        "filelock",
+        "jinja2",
+        "markupsafe",
+        "networkx",
+        "fsspec",
+    ):
         source = Path(numpy.__file__).parent.parent / extra
         if source.exists():
             (borrowed / extra).symlink_to(source)
