@@ -99,6 +99,11 @@ class RolloutEngine:
         """What computes the rollout: versions, configuration, and every hook with its op and verified call counts."""
         return self._manifest
 
+    @property
+    def process_group(self) -> int:
+        """The process group of the engine and every process it started."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the engine and every process it started. Idempotent."""
         with self._lock:
