@@ -14,7 +14,7 @@ import zerokl
 from zerokl.kernels.contract import CONTRACT_VERSION, CPU
 
 _NAMESPACE = "zerokl::"
-_ISA = ("scalar", "avx2", "avx512")  # what the compiled library's `set_isa` answers
+_ISA = {0: "scalar", 1: "avx2", 2: "avx512", 3: "avx512bf16"}  # what the compiled library's `set_isa` answers
 _PACKAGES = ("torch", "sglang", "megatron-core", "ray", "transformers", "tokenizers", "numpy", "safetensors")
 
 
@@ -37,7 +37,8 @@ def build(engine: dict[str, Any], trainer: dict[str, Any], observed: Observed) -
 
     With stock kernels `ops` is empty: none of zerokl's ran.
     """
-    backend = f"cpu-{_ISA[torch.ops.zerokl.set_isa(-1)]}"
+    level = torch.ops.zerokl.set_isa(-1)
+    backend = f"cpu-{_ISA.get(level, level)}"
     ops: dict[str, dict[str, Any]] = {}
     for hook in (engine.get("hooks") or {}).get("hooks", []):
         entry = ops.setdefault(hook["op"], {"backend": backend, "rollout_calls": 0, "trainer_calls": 0})
