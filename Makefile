@@ -44,9 +44,9 @@ lint: $(EXTENSION)
 SANITIZED := build/sanitize/zerokl
 sanitize: install
 	@mkdir -p $(SANITIZED) && cp zerokl/__init__.py $(SANITIZED)/ && cp -r kernels $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_C.so
-	@$(BIN)/cmake -S . -B build/sanitize/cmake -DZEROKL_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=Release \
+	@$(BIN)/cmake -S . -B build/sanitize/cmake -DZEROKL_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -DZEROKL_OUTPUT_DIR=$(abspath $(SANITIZED)/kernels) -DZEROKL_OUTPUT_NAME=_C >/dev/null
-	@$(BIN)/cmake --build build/sanitize/cmake --parallel >/dev/null
+	@$(BIN)/cmake --build build/sanitize/cmake --parallel $$(nproc) >/dev/null
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
 SANITIZED_TESTS := linear or embedding or norm or rotary or silu or varlen-avx512 or logprob or sample or neighbours
