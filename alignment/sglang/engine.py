@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ class RolloutEngine:
         self._lock = threading.Lock()
         self._closed = ""
         self._folder = Path(tempfile.mkdtemp(prefix="zerokl-engine-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also for an owner that never closes
         self.log_path = Path(config.log_path) if config.log_path else self._folder / "engine.log"
         ours, theirs = socket.socketpair()
         self._connection: protocol.Connection[protocol.Reply] = protocol.Connection(ours, protocol.Reply)
