@@ -85,13 +85,9 @@ class Trainer:
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probabilities of every sample by the training forward (gradients on), without an update."""
-        from zerokl.alignment.types import PackedBatch
+        from zerokl.orchestrate.scoring import score
 
-        scored: list[np.ndarray] = []
-        for batch in microbatches(samples, self.train.microbatch_tokens):
-            packed = PackedBatch.pack(*_pairs([samples[i] for i in batch]))
-            scored += _split(samples, batch, self.policy.logprobs(packed).detach())
-        return scored
+        return score(self.policy, *_pairs(samples))
 
     def push(self, rollout: Any, version: str, timeout_s: float) -> SyncReport:
         """Put the current weights into the engine of the `rollout` actor; both sides' digests are compared."""

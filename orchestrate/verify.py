@@ -14,13 +14,14 @@ import numpy as np
 
 from zerokl.alignment.megatron.model_config import ModelError
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
-from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
+from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import builtin_prompts, manifest, models
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.data import read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
-from zerokl.orchestrate.samples import Sample, microbatches, sampling_seed
+from zerokl.orchestrate.samples import sampling_seed
+from zerokl.orchestrate.scoring import score
 from zerokl.orchestrate.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from zerokl.alignment.sglang.engine import RolloutEngine
 
 CHUNK = 256  # prefill chunk: the built-in prompts hold a longer one
-_MICROBATCH_TOKENS = 2048
 _START_TIMEOUT_S = 300.0
 _GENERATE_TIMEOUT_S = 1800.0
 
@@ -88,17 +88,6 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         "manifest": manifest.build(engine_manifest, policy.manifest(), observed),
         "versions": manifest.versions(),
     }
-
-
-def score(policy: MegatronPolicy, requests: Sequence[Request], generations: Sequence[Generation]) -> list[np.ndarray]:
-    """fp32 [n] per request: the sampled tokens' log-probabilities by the training forward, packed as in training."""
-    samples = [Sample(None, r, g) for r, g in zip(requests, generations, strict=True)]
-    scored: list[np.ndarray] = []
-    for batch in microbatches(samples, _MICROBATCH_TOKENS):
-        packed = PackedBatch.pack([requests[i] for i in batch], [generations[i] for i in batch])
-        values = policy.logprobs(packed).detach().numpy()
-        scored += np.split(values, np.cumsum([len(generations[i].output_ids) for i in batch])[:-1])
-    return scored
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from zerokl.alignment.megatron.policy import MegatronPolicy
 from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 from zerokl.alignment.types import PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
-from zerokl.orchestrate.verify import score
+from zerokl.orchestrate.scoring import score
 from zerokl.weightsync.push import push
 
 CHUNK = 64
