@@ -1,11 +1,16 @@
-"""Linear layers against torch's fp32 and bf16 products, interleaved in one run: python -m zerokl.bench.linear_speed
+"""Linear layers against torch's fp32 and bf16 products, in one run: python -m zerokl.bench.linear_speed
 
 Goals on a CPU: at M >= 256 at least 85% of torch's fp32 throughput, at M = 1 at least 80% of torch's bf16 one.
+
+Each shape has enough weights that none is still in a cache when its turn comes, as in a model. The three are timed in
+turn, in bursts of some milliseconds after a burst that is not timed: torch's OpenMP threads spin for a while after each
+product, and would take a core from whoever comes next.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,25 +24,47 @@ from zerokl.bench.machine import describe
 # (N, K): the products of a 135M Llama, its output head, and one of an 8B model
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (49152, 576), (4096, 4096)]
 ROWS = [1, 4, 32, 256, 1024]
+CACHE_BYTES = 1 << 27
+BURST_S = 0.02
+
+
+def burst(call: Callable[[], object]) -> float:
+    """Mean seconds of a call over one burst."""
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < BURST_S:
+        call()
+        count += 1
+    return (time.perf_counter() - start) / count
 
 
 def seconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
     """Median seconds of each call, taken in turn so that a drift of the machine meets all alike."""
-    for call in calls:
-        call()
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, log in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            log.append(time.perf_counter() - start)
+            burst(call)
+            log.append(burst(call))
     return [statistics.median(t) for t in times]
+
+
+def products(m: int, n: int, k: int) -> list[Callable[[], object]]:
+    """Ours, torch's fp32 and torch's bf16 product, each on the next weight at every call."""
+    x = torch.randn(m, k).bfloat16()
+    wide = x.float()
+    weights = [torch.randn(n, k).bfloat16() for _ in range(max(1, CACHE_BYTES // (2 * n * k)))]
+    widened = [w.float() for w in weights]
+    ours, theirs, fp32 = itertools.cycle(weights), itertools.cycle(weights), itertools.cycle(widened)
+    return [
+        lambda: kernels.linear(x, next(ours)),
+        lambda: torch_linear(wide, next(fp32)),
+        lambda: torch_linear(x, next(theirs)),
+    ]
 
 
 def main() -> None:
     """Print one line a shape."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -46,17 +73,10 @@ def main() -> None:
         f"{'N':>6} {'K':>5} {'M':>5} {'ours':>10} {'GFLOP/s':>8} {'GB/s':>6} {'/ torch fp32':>12} {'/ torch bf16':>12}"
     )
     for n, k in SHAPES:
-        w = torch.randn(n, k).bfloat16()
-        wide = w.float()
         for m in ROWS:
             if m * n * k > 2**36:
                 continue
-            x = torch.randn(m, k).bfloat16()
-            xf = x.float()
-            ours, fp32, bf16 = seconds(
-                [lambda: kernels.linear(x, w), lambda: torch_linear(xf, wide), lambda: torch_linear(x, w)],  # noqa: B023
-                options.rounds,
-            )
+            ours, fp32, bf16 = seconds(products(m, n, k), options.rounds)
             print(
                 f"{n:6} {k:5} {m:5} {ours * 1e6:8.0f}us {2 * m * n * k / ours / 1e9:8.1f} {2 * n * k / ours / 1e9:6.1f}"
                 f" {fp32 / ours:11.2f}x {bf16 / ours:11.2f}x"

@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zerokl.alignment.openmp import PASSIVE
+
 if TYPE_CHECKING:
     from zerokl.alignment.types import PackedBatch
 
@@ -77,7 +79,7 @@ def _start(options: argparse.Namespace, layers: str) -> subprocess.Popen[str]:
     command += ["--timeout", str(options.timeout)]
     for name in ("sequences", "length", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
-    environment = dict(os.environ)
+    environment = (PASSIVE if layers == "zerokl" else {}) | os.environ
     if layers == "stock" and options.stock_isa:
         environment["ONEDNN_MAX_CPU_ISA"] = options.stock_isa  # oneDNN offers no other way to ask
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -6,12 +6,14 @@ Only this module turns errors into exit codes. Everything heavy is imported insi
 from __future__ import annotations
 
 import enum
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from zerokl.alignment.openmp import PASSIVE
 from zerokl.orchestrate.errors import RunError, UserError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -144,6 +146,7 @@ def tiny(
 
 def main() -> NoReturn:
     """The `zerokl` command."""
+    os.environ.update(PASSIVE | os.environ)  # torch is not loaded yet; actors and engines inherit it
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from zerokl.alignment.openmp import PASSIVE
 from zerokl.alignment.sglang import errors, protocol
 from zerokl.alignment.sglang.config import EngineConfig, check_requests, inspect_model
 from zerokl.alignment.sglang.errors import EngineError
@@ -126,6 +127,8 @@ class RolloutEngine:
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
             "TMPDIR": str(self._folder),
         }
+        if not self.config.stock:
+            env = PASSIVE | env
         command = [sys.executable, "-P", "-m", "zerokl.alignment.sglang.engine_child", str(theirs.fileno())]
         with theirs, open(self.log_path, "ab") as log:
             return subprocess.Popen(

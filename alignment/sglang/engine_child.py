@@ -245,6 +245,7 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "chunked_prefill_size": config.chunked_prefill_size,
         "page_size": config.page_size,
         "disable_radix_cache": not config.radix_cache,
+        "sleep_on_idle": True,  # or an idle scheduler spins, on a core that the trainer needs
         "disable_overlap_schedule": True,  # log-probabilities leave the sampler as Python floats
         "custom_weight_loader": loaders,
         "log_level": "warning",

@@ -16,40 +16,58 @@ static void fill(float* p, int64_t n, float x) {
   for (int64_t i = 0; i < n; i++) p[i] = x;
 }
 
-// One block for one row tile: scores, softmax update, p v.
-static void update_tile(const Rows& rows, const float* q, const KeyBlock& keys, int64_t dim, float c, const Running& state, float* score,
-                        float* p) {
-  const int panels = kAttentionBlock / kNR;
-  for (int n = 0; n < panels; n++)
-    micro(rows.count, dim, q, kMR, keys.k + n * dim * kNR, score + n * kMR * kNR, false);
-  const int64_t d_panels = (dim + kNR - 1) / kNR;
+// The halving tree of R3 over a block.
+ZK_INLINE float fold_block(const float* p) {
+  vf v[kAttentionBlock / W];
+#pragma GCC unroll 16
+  for (int i = 0; i < kAttentionBlock / W; i++) v[i] = load(p + i * W);
+#pragma GCC unroll 16
+  for (int half = kAttentionBlock / W / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; i++) v[i] = v[i] + v[i + half];
+  return fold_vector(v[0]);
+}
+
+// One key block for one row: scores to probabilities p [kAttentionBlock], relative to the maximum so far. Returns what
+// shrinks the accumulators.
+static float update_row(const float* score, Span span, float c, float* m, float* l, float* p) {
+  vi lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  vf t[kAttentionBlock / W], top = set1(*m);
+#pragma GCC unroll 16
+  for (int i = 0; i < kAttentionBlock / W; i++) {
+    const int j = i * W;
+    const vi at = lane + j, seen = (at >= span.begin) & (at < span.end);
+    t[i] = seen ? load(score + (j / kNR) * kMR * kNR + j % kNR) * set1(c) : set1(-__builtin_inff());
+    top = max(t[i], top);
+  }
+  const float highest = highest_of(top);
+  const float shrink = exp2_1(*m - highest);
+#pragma GCC unroll 16
+  for (int i = 0; i < kAttentionBlock / W; i++) store(p + i * W, exp2(t[i] - set1(highest)));
+  *m = highest;
+  *l = fma1(*l, shrink, fold_block(p));
+  return shrink;
+}
+
+// One key block for one row tile: scores, softmax update, p v. k holds the packed keys, value(j) value j of the block;
+// score [panel][kMR][kNR] and p [kMR][kAttentionBlock] are scratch.
+template <class Value>
+static void update_tile(const Rows& rows, const int32_t* q, const KeyBlock& keys, const int32_t* k, Value value, int64_t dim, float c,
+                        const Running& state, float* score, float* p) {
+  products(rows.count, dim, q, keys.panels(), k, score);
   for (int r = 0; r < rows.count; r++) {
     const Span span = rows.span(r, keys);
     if (span.empty()) continue;
-    float t[kAttentionBlock];
-    fill(t, kAttentionBlock, -__builtin_inff());
-    for (int j = span.begin; j < span.end; j++) t[j] = score[(j / kNR) * kMR * kNR + r * kNR + j % kNR] * c;
-    vf top = set1(state.m[r]);
-    for (int j = 0; j < kAttentionBlock; j += W) top = max(load(t + j), top);
-    float m = top[0];
-    for (int i = 1; i < W; i++) m = top[i] > m ? top[i] : m;
-    const float shrink = exp2_1(state.m[r] - m);
-    for (int j = 0; j < kAttentionBlock; j += W) store(t + j, exp2(load(t + j) - set1(m)));
-    for (int j = 0; j < kAttentionBlock; j++) p[j * kMR + r] = t[j];
-    for (int half = kAttentionBlock / 2; half > 0; half /= 2)
-      for (int j = 0; j < half; j++) t[j] = t[j] + t[j + half];
-    state.m[r] = m;
-    state.l[r] = fma1(state.l[r], shrink, t[0]);
-    for (int64_t n = 0; n < d_panels; n++)
-      for (int v = 0; v < kNR; v += W) {
-        float* a = state.acc + (n * kMR + r) * kNR + v;
-        store(a, load(a) * set1(shrink));
-      }
+    const float shrink = update_row(score + r * kNR, span, c, state.m + r, state.l + r, p + r * kAttentionBlock);
+    for (int64_t d = 0; d < dim; d += W) {
+      float* a = state.acc + ((d / kNR) * kMR + r) * kNR + d % kNR;
+      store(a, load(a) * set1(shrink));
+    }
   }
   for_equal_spans(rows, keys, [&](int r, int count, Span span) {
-    for (int64_t n = 0; n < d_panels; n++)
-      micro(count, span.end - span.begin, p + span.begin * kMR + r, kMR, keys.v + (n * kAttentionBlock + span.begin) * kNR,
-            state.acc + (n * kMR + r) * kNR, true);
+    add_weighted<kAttentionBlock>(count, span.end - span.begin, p + r * kAttentionBlock + span.begin, 1, dim,
+                                  [&](int64_t j) { return value(int(span.begin + j)); }, state.acc + r * kNR);
   });
 }
 
@@ -71,19 +89,19 @@ static void merge_segment(int rows, int64_t dim, const Running& total, const Run
 }
 
 // Query rows [first, first + count) of one sequence and kv head; row r is head r % G of query r / G.
-template <class KeyRow, class ValueRow>
-static void attend_group(const AttentionShape& s, const Heads& head, int64_t first, int64_t count, KeyRow key_row, ValueRow value_row,
-                         uint16_t* out, float* lse) {
+// locate(begin, n, offset): where keys [begin, begin + n) lie, as elements from k and v.
+template <class Locate>
+static void attend_group(const AttentionShape& s, const Heads& head, int64_t first, int64_t count, const uint16_t* k_rows,
+                         const uint16_t* v_rows, Locate locate, uint16_t* out, float* lse) {
   const int64_t dim = s.dim, d_panels = (dim + kNR - 1) / kNR, tiles = (count + kMR - 1) / kMR;
   const int64_t acc = d_panels * kMR * kNR, state = 2 * kMR + acc, panels = kAttentionBlock / kNR;
-  float* at = static_cast<float*>(scratch(Slot::kAttention, sizeof(float) * size_t(tiles * (dim * kMR + W + 2 * state) +
-                                                           (panels * dim + d_panels * kAttentionBlock) * kNR +
-                                                           panels * kMR * kNR + kAttentionBlock * kMR + 8 * W)));
+  const int64_t q_words = words_of(tiles, dim, kMR), k_words = words_of(panels, dim, kNR), q_tile = steps_of(dim) * kMR;
+  float* at = static_cast<float*>(scratch(Slot::kAttention, sizeof(float) * size_t(q_words + k_words + 2 * tiles * state +
+                                                           panels * kMR * kNR + kAttentionBlock * kMR)));
   auto take = [&](int64_t n) { float* p = at; at += n; return p; };
-  float* q = take(tiles * (dim * kMR) + W);
+  int32_t *q = reinterpret_cast<int32_t*>(take(q_words)), *k = reinterpret_cast<int32_t*>(take(k_words));
   float *segment_state = take(tiles * state), *total_state = take(tiles * state);
-  float *k = take(panels * dim * kNR + W), *v = take(d_panels * kAttentionBlock * kNR);
-  float *score = take(panels * kMR * kNR), *p = take(kAttentionBlock * kMR + W);
+  float *score = take(panels * kMR * kNR), *p = take(kAttentionBlock * kMR);
   auto running = [&](float* base, int64_t t) { return Running{base + t * state, base + t * state + kMR, base + t * state + 2 * kMR}; };
   auto tile_rows = [&](int64_t t) { return head.rows(first + t * kMR, count - t * kMR < kMR ? int(count - t * kMR) : kMR, s); };
   auto reset = [&](float* base) {
@@ -95,7 +113,7 @@ static void attend_group(const AttentionShape& s, const Heads& head, int64_t fir
   for (int64_t t = 0; t < tiles; t++) {
     // spills W - kMR words into the next tile, which is packed after it
     Rows rows = tile_rows(t);
-    pack_across([&](int r) { return head.query(rows.first + r); }, rows.count, dim, kMR, q + t * dim * kMR);
+    pack_lines([&](int r) { return head.query(rows.first + r); }, rows.count, 0, dim, kMR, q + t * q_tile);
   }
   const float c = s.scale * kLog2e;
   const int64_t last_key = tile_rows(tiles - 1).last_key(), first_key = tile_rows(0).first_key();
@@ -104,11 +122,15 @@ static void attend_group(const AttentionShape& s, const Heads& head, int64_t fir
     reset(segment_state);
     for (int64_t block = segment * kAttentionSegment; block < (segment + 1) * kAttentionSegment && block <= last_key; block += kAttentionBlock) {
       if (block + kAttentionBlock <= first_key) continue;
-      const int64_t low = first_key > block ? first_key - block : 0;
-      const KeyBlock keys{block, last_key + 1 - block < kAttentionBlock ? int(last_key + 1 - block) : kAttentionBlock, k, v};
-      pack_keys(keys.count, dim, [&](int j) { return key_row(block + (j < low ? low : j)); }, k);
-      pack_values(keys.count, dim, [&](int j) { return value_row(block + (j < low ? low : j)); }, v);
-      for (int64_t t = 0; t < tiles; t++) update_tile(tile_rows(t), q + t * dim * kMR, keys, dim, c, running(segment_state, t), score, p);
+      const int low = first_key > block ? int(first_key - block) : 0;  // no row sees the keys before: they are not read
+      const KeyBlock keys{block, last_key + 1 - block < kAttentionBlock ? int(last_key + 1 - block) : kAttentionBlock};
+      int64_t offset[kAttentionBlock];
+      locate(block + low, keys.count - low, offset + low);
+      for (int j = 0; j < low; j++) offset[j] = offset[low];
+      pack_keys(keys.count, dim, [&](int j) { return k_rows + offset[j]; }, k);
+      auto value = [&](int j) { return v_rows + offset[j]; };
+      for (int64_t t = 0; t < tiles; t++)
+        update_tile(tile_rows(t), q + t * q_tile, keys, k, value, dim, c, running(segment_state, t), score, p);
     }
     for (int64_t t = 0; t < tiles; t++) merge_segment(tile_rows(t).count, dim, running(total_state, t), running(segment_state, t));
   }
@@ -152,7 +174,10 @@ void attention_varlen(const AttentionShape& s, int64_t sequences, const int32_t*
   for_groups(s, sequences, queries, [&](int64_t b, int64_t kv, int64_t first, int64_t count) {
     const int64_t row = s.kv_heads * s.dim, base = cu_seqlens[b] * row + kv * s.dim;
     const Heads head{q, s.heads / s.kv_heads, kv, s.heads, s.dim, queries(b), queries(b).count};
-    attend_group(s, head, first, count, [&](int64_t p) { return k + base + p * row; }, [&](int64_t p) { return v + base + p * row; }, out, lse);
+    auto locate = [&](int64_t begin, int n, int64_t* offset) {
+      for (int j = 0; j < n; j++) offset[j] = base + (begin + j) * row;
+    };
+    attend_group(s, head, first, count, k, v, locate, out, lse);
   });
 }
 
@@ -165,9 +190,15 @@ void attention_paged(const AttentionShape& s, int64_t sequences, const PageTable
   for_groups(s, sequences, queries, [&](int64_t b, int64_t kv, int64_t first, int64_t count) {
     const int64_t row = s.kv_heads * s.dim;
     const int32_t* table = pages.table + b * pages.max_pages;
-    auto at = [&](int64_t p) { return (int64_t(table[p / pages.page]) * pages.page + p % pages.page) * row + kv * s.dim; };
+    auto locate = [&](int64_t begin, int n, int64_t* offset) {
+      int64_t page = begin / pages.page, slot = begin % pages.page;
+      for (int j = 0; j < n; j++) {
+        offset[j] = (table[page] * pages.page + slot) * row + kv * s.dim;
+        if (++slot == pages.page) slot = 0, page++;
+      }
+    };
     const Heads head{q, s.heads / s.kv_heads, kv, s.heads, s.dim, queries(b), seq_lens[b]};
-    attend_group(s, head, first, count, [&](int64_t p) { return k_cache + at(p); }, [&](int64_t p) { return v_cache + at(p); }, out, nullptr);
+    attend_group(s, head, first, count, k_cache, v_cache, locate, out, nullptr);
   });
 }
 

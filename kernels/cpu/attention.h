@@ -2,8 +2,8 @@
 #pragma once
 
 #include "kernels.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "tile.h"
 
 namespace zerokl::ZEROKL_ISA {
 
@@ -18,11 +18,12 @@ struct Span {
   bool empty() const { return end <= begin; }
 };
 
-// A packed block of keys starting at absolute position `start`: k [panel][dim][kNR], v [dim panel][key][kNR].
+// A block of keys starting at absolute position `start`.
 struct KeyBlock {
   int64_t start;
   int count;
-  const float *k, *v;
+
+  int panels() const { return (count + kNR - 1) / kNR; }
 };
 
 // Consecutive query rows (query-major, then head) and the keys each may see.
@@ -74,23 +75,28 @@ static void for_equal_spans(const Rows& rows, const KeyBlock& block, Body body) 
   }
 }
 
-// out[panel][dim][kNR]: keys across the lanes
+// Words that `rows` lines of `dim` elements take when packed in tiles of `width` lines, spill included.
+ZK_INLINE int64_t words_of(int64_t tiles, int64_t dim, int width) { return tiles * steps_of(dim) * width + W; }
+
+// out[panel][step][kNR]: keys across the lanes
 template <class Line>
-static void pack_keys(int keys, int64_t dim, Line line, float* out) {
-  for (int n = 0; n < kAttentionBlock; n += kNR)
-    pack_across([&](int j) { return line(n + j); }, keys - n < 0 ? 0 : keys - n < kNR ? keys - n : kNR, dim, kNR,
-                out + n * dim);
+static void pack_keys(int keys, int64_t dim, Line line, int32_t* out) {
+  for (int n = 0; n < keys; n += kNR)
+    pack_lines([&](int j) { return line(n + j); }, keys - n < kNR ? keys - n : kNR, 0, dim, kNR, out + n * steps_of(dim));
 }
 
-// out[dim panel][key][kNR]: dimensions across the lanes
-template <class Line>
-static void pack_values(int keys, int64_t dim, Line line, float* out) {
-  for (int j = 0; j < keys; j++) {
-    const uint16_t* p = line(j);
-    for (int64_t d = 0; d < dim; d += W) store(out + ((d / kNR) * kAttentionBlock + j) * kNR + d % kNR, load_bf16_n(p + d, dim - d < W ? int(dim - d) : W));
-    // an odd number of vectors leaves half a panel: zero it
-    if (dim % kNR && dim % kNR <= W) store(out + ((dim / kNR) * kAttentionBlock + j) * kNR + W, vf{});
-  }
+// out[panel][kMR][kNR] = lines . keys by R1, for rows packed in a tile of width kMR
+static void products(int rows, int64_t dim, const int32_t* lines, int panels, const int32_t* keys, float* out) {
+  const Flush flush;
+  for (int n = 0; n < panels; n++) chains(rows, steps_of(dim), lines, kMR, keys + n * steps_of(dim) * kNR, out + n * kMR * kNR, false);
+}
+
+// acc[dim panel][kMR][kNR] (its first `rows` rows) += weight[r][k] line(k), chains over ascending k, for rows that lie kRow
+// apart in `weight` and k that lie `step` apart.
+template <int kRow, class Line>
+static void add_weighted(int rows, int64_t count, const float* weight, int64_t step, int64_t dim, Line line, float* acc) {
+  for (int64_t d = 0; d < dim; d += kNR)
+    micro<kRow>(rows, count, weight, step, [&](int64_t k) { return line(k) + d; }, dim - d < kNR ? int(dim - d) : kNR, acc + d * kMR);
 }
 
 }  // namespace zerokl::ZEROKL_ISA

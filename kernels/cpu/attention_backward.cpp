@@ -6,60 +6,44 @@ namespace zerokl::ZEROKL_ISA {
 
 namespace {
 
-// Everything one (sequence, kv head) keeps in fp32. Rows are query-major, then head.
+// Everything one (sequence, kv head) keeps. Rows are query-major, then head.
 struct Buffers {
-  float *q_across, *g_across;          // [tile][dim][kMR]: queries and output gradients, for scores and dP
-  float *q_along, *g_along;            // [tile][dim panel][kMR][kNR]: the same, for dK and dV
-  float *delta;                        // [row]: sum over d of dO O
-  float *dq;                           // [tile][dim panel][kMR][kNR]
-  float *k, *v, *k_along;              // key block: k, v across keys; k along dimensions
-  float *dk, *dv;                      // [key tile][dim panel][kMR][kNR] of the block
-  float *s, *dp;                       // [panel][kMR][kNR]
-  float *p_row, *ds_row;               // [row][64]: probabilities and score gradients
-  float *ds_across;                    // [key][kMR]
+  int32_t *q, *g;        // [tile][step][kMR]: pairs of queries and output gradients
+  int32_t *k, *v;        // [panel][step][kNR]: pairs of a key block
+  float* delta;          // [row]: sum over d of dO O
+  float* dq;             // [tile][dim panel][kMR][kNR]
+  float *dk, *dv;        // [key tile][dim panel][kMR][kNR] of the block
+  float *s, *dp;         // [panel][kMR][kNR]
+  float *p_row, *ds_row; // [row][kKeyStep]: probabilities and score gradients
 };
 
 constexpr int kKeyTiles = (kAttentionBlock + kMR - 1) / kMR;
-constexpr int64_t kKeyStep = kAttentionBlock + W;  // a row of p or ds; key tiles may read past 64
+constexpr int kKeyStep = kAttentionBlock + W;  // a row of p or ds; key tiles may read past 64
 
 Buffers carve(int64_t tiles, int64_t dim) {
-  const int64_t panels = (dim + kNR - 1) / kNR, along = panels * kMR * kNR, across = dim * kMR, score = (kAttentionBlock / kNR) * kMR * kNR;
-  const int64_t keys_across = kAttentionBlock * dim + W, block = panels * kAttentionBlock * kNR;
-  const int64_t total = 2 * (tiles * across + W) + 3 * tiles * along + tiles * kMR + 2 * keys_across + block + 2 * kKeyTiles * along +
-                        2 * score + 2 * kMR * kKeyStep + kAttentionBlock * kMR + 4 * W;
+  const int64_t along = (dim + kNR - 1) / kNR * kMR * kNR, score = (kAttentionBlock / kNR) * kMR * kNR;
+  const int64_t rows = words_of(tiles, dim, kMR), keys = words_of(kAttentionBlock / kNR, dim, kNR);
+  const int64_t total = 2 * rows + 2 * keys + tiles * (kMR + along) + 2 * kKeyTiles * along + 2 * score + 2 * kMR * kKeyStep;
   float* at = static_cast<float*>(scratch(Slot::kAttention, sizeof(float) * size_t(total)));
   auto take = [&](int64_t n) { float* p = at; at += n; return p; };
+  auto take_words = [&](int64_t n) { return reinterpret_cast<int32_t*>(take(n)); };
   Buffers b;
-  b.q_across = take(tiles * across + W);
-  b.g_across = take(tiles * across + W);
-  b.q_along = take(tiles * along);
-  b.g_along = take(tiles * along);
-  b.dq = take(tiles * along);
+  b.q = take_words(rows);
+  b.g = take_words(rows);
+  b.k = take_words(keys);
+  b.v = take_words(keys);
   b.delta = take(tiles * kMR);
-  b.k = take(keys_across);
-  b.v = take(keys_across);
-  b.k_along = take(block);
+  b.dq = take(tiles * along);
   b.dk = take(kKeyTiles * along);
   b.dv = take(kKeyTiles * along);
   b.s = take(score);
   b.dp = take(score);
   b.p_row = take(kMR * kKeyStep);
   b.ds_row = take(kMR * kKeyStep);
-  b.ds_across = take(kAttentionBlock * kMR);
   return b;
 }
 
 void zero(float* p, int64_t n) { memset(p, 0, sizeof(float) * size_t(n)); }
-
-// out[dim panel][kMR][kNR] = one row per line, widened
-template <class Line>
-void pack_rows_along(int rows, int64_t dim, Line line, float* out) {
-  zero(out, (dim + kNR - 1) / kNR * kMR * kNR);
-  for (int r = 0; r < rows; r++) {
-    const uint16_t* p = line(r);
-    for (int64_t d = 0; d < dim; d += W) store(out + ((d / kNR) * kMR + r) * kNR + d % kNR, load_bf16_n(p + d, dim - d < W ? int(dim - d) : W));
-  }
-}
 
 // rows [count] of [dim panel][kMR][kNR], each rounded once to line(r)
 template <class Line>
@@ -83,16 +67,15 @@ void gradients_of_scores(const Rows& rows, const KeyBlock& keys, const Buffers& 
       store(p + j, w);
       store(ds + j, (w * (load(b.dp + at) - set1(delta[r]))) * set1(scale));
     }
-    for (int j = 0; j < kAttentionBlock; j++) {
+    for (int j = 0; j < kAttentionBlock; j++)
       if (j < span.begin || j >= span.end) p[j] = ds[j] = 0.0f;
-      b.ds_across[j * kMR + r] = ds[j];
-    }
   }
 }
 
-// d[key tile] += sum over ascending rows of weight[row][key] x[row], only over the rows that see the key.
-void add_to_keys(const Rows& rows, const KeyBlock& keys, int64_t dim, const float* weight, const float* x, float* d) {
-  const int64_t panels = (dim + kNR - 1) / kNR;
+// d[key tile] += sum over ascending rows of weight[row][key] line(row), only over the rows that see the key.
+template <class Line>
+void add_to_keys(const Rows& rows, const KeyBlock& keys, int64_t dim, const float* weight, Line line, float* d) {
+  const int64_t along = (dim + kNR - 1) / kNR * kMR * kNR;
   for (int tile = 0; tile * kMR < keys.count; tile++) {
     const int first = tile * kMR;
     auto part = [&](int r) {
@@ -106,9 +89,8 @@ void add_to_keys(const Rows& rows, const KeyBlock& keys, int64_t dim, const floa
       int end = r + 1;
       while (end < rows.count && part(end).begin == s.begin && part(end).end == s.end) end++;
       if (!s.empty())
-        for (int64_t n = 0; n < panels; n++)
-          micro(s.end - s.begin, end - r, weight + r * kKeyStep + first + s.begin, kKeyStep, x + (n * kMR + r) * kNR,
-                d + ((tile * panels + n) * kMR + s.begin) * kNR, true);
+        add_weighted<1>(s.end - s.begin, end - r, weight + r * kKeyStep + first + s.begin, kKeyStep, dim,
+                        [&](int64_t k) { return line(r + int(k)); }, d + tile * along + s.begin * kNR);
       r = end;
     }
   }
@@ -123,7 +105,8 @@ void attention_backward(const AttentionShape& s, int64_t sequences, const int32_
     const int64_t sequence = task / s.kv_heads, kv = task % s.kv_heads, dim = s.dim, G = s.heads / s.kv_heads;
     const QuerySpan span{cu_seqlens[sequence], cu_seqlens[sequence + 1] - cu_seqlens[sequence], 0};
     const Heads head{q, G, kv, s.heads, dim, span, span.count};
-    const int64_t count = span.count * G, tiles = (count + kMR - 1) / kMR, panels = (dim + kNR - 1) / kNR, along = panels * kMR * kNR;
+    const int64_t count = span.count * G, tiles = (count + kMR - 1) / kMR, along = (dim + kNR - 1) / kNR * kMR * kNR;
+    const int64_t across = steps_of(dim) * kMR;
     const int64_t key_row = s.kv_heads * dim, base = span.row * key_row + kv * dim;
     const float c = s.scale * kLog2e;
     if (count == 0) return;
@@ -133,10 +116,8 @@ void attention_backward(const AttentionShape& s, int64_t sequences, const int32_
       const Rows rows = tile_rows(t);
       auto query = [&](int r) { return head.query(rows.first + r); };
       auto grad = [&](int r) { return dout + head.offset(rows.first + r); };
-      pack_across(query, rows.count, dim, kMR, b.q_across + t * dim * kMR);
-      pack_across(grad, rows.count, dim, kMR, b.g_across + t * dim * kMR);
-      pack_rows_along(rows.count, dim, query, b.q_along + t * along);
-      pack_rows_along(rows.count, dim, grad, b.g_along + t * along);
+      pack_lines(query, rows.count, 0, dim, kMR, b.q + t * across);
+      pack_lines(grad, rows.count, 0, dim, kMR, b.g + t * across);
       for (int r = 0; r < rows.count; r++) {
         const int64_t at = head.offset(rows.first + r);
         float sum = 0.0f;
@@ -146,30 +127,30 @@ void attention_backward(const AttentionShape& s, int64_t sequences, const int32_
     }
     zero(b.dq, tiles * along);
     for (int64_t block = 0; block < span.count; block += kAttentionBlock) {
-      const KeyBlock keys{block, span.count - block < kAttentionBlock ? int(span.count - block) : kAttentionBlock, b.k, b.v};
+      const KeyBlock keys{block, span.count - block < kAttentionBlock ? int(span.count - block) : kAttentionBlock};
       auto key_line = [&](int j) { return k + base + (block + j) * key_row; };
       pack_keys(keys.count, dim, key_line, b.k);
       pack_keys(keys.count, dim, [&](int j) { return v + base + (block + j) * key_row; }, b.v);
-      pack_values(keys.count, dim, key_line, b.k_along);
       zero(b.dk, kKeyTiles * along);
       zero(b.dv, kKeyTiles * along);
       for (int64_t t = 0; t < tiles; t++) {
         const Rows rows = tile_rows(t);
         if (rows.end_key(rows.count - 1) <= block || rows.begin_key(0) >= block + kAttentionBlock) continue;
-        for (int n = 0; n < kAttentionBlock / kNR; n++) {
-          micro(rows.count, dim, b.q_across + t * dim * kMR, kMR, b.k + n * dim * kNR, b.s + n * kMR * kNR, false);
-          micro(rows.count, dim, b.g_across + t * dim * kMR, kMR, b.v + n * dim * kNR, b.dp + n * kMR * kNR, false);
-        }
+        products(rows.count, dim, b.q + t * across, keys.panels(), b.k, b.s);
+        products(rows.count, dim, b.g + t * across, keys.panels(), b.v, b.dp);
         float row_lse[kMR];
-        for (int r = 0; r < rows.count; r++) row_lse[r] = lse[head.lse_index(rows.first + r)];
+        int64_t offset[kMR];
+        for (int r = 0; r < rows.count; r++) {
+          offset[r] = head.offset(rows.first + r);
+          row_lse[r] = lse[offset[r] / dim];
+        }
         gradients_of_scores(rows, keys, b, b.delta + t * kMR, row_lse, c, s.scale);
         for_equal_spans(rows, keys, [&](int r, int n_rows, Span see) {
-          for (int64_t n = 0; n < panels; n++)
-            micro(n_rows, see.end - see.begin, b.ds_across + see.begin * kMR + r, kMR, b.k_along + (n * kAttentionBlock + see.begin) * kNR,
-                  b.dq + t * along + (n * kMR + r) * kNR, true);
+          add_weighted<kKeyStep>(n_rows, see.end - see.begin, b.ds_row + r * kKeyStep + see.begin, 1, dim,
+                                 [&](int64_t j) { return key_line(int(see.begin + j)); }, b.dq + t * along + r * kNR);
         });
-        add_to_keys(rows, keys, dim, b.ds_row, b.q_along + t * along, b.dk);
-        add_to_keys(rows, keys, dim, b.p_row, b.g_along + t * along, b.dv);
+        add_to_keys(rows, keys, dim, b.ds_row, [&](int r) { return q + offset[r]; }, b.dk);
+        add_to_keys(rows, keys, dim, b.p_row, [&](int r) { return dout + offset[r]; }, b.dv);
       }
       for (int tile = 0; tile * kMR < keys.count; tile++) {
         const int rows = keys.count - tile * kMR < kMR ? keys.count - tile * kMR : kMR;

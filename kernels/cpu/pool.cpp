@@ -130,9 +130,10 @@ Pool& pool() {
 
 }  // namespace
 
+int64_t threads() { return int64_t(torch::stable::get_num_threads()); }
+
 void parallel(int64_t tasks, Body body, void* context) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
-  const int64_t workers = (tasks < threads ? tasks : threads) - 1;
+  const int64_t all = threads(), workers = (tasks < all ? tasks : all) - 1;
   Job job{tasks, body, context};
   if (workers <= 0 || !pool().run(job, workers)) job.work();
   if (job.error) std::rethrow_exception(job.error);

@@ -12,6 +12,9 @@ using Body = void (*)(int64_t task, void* context);
 // runs a task never changes a bit: tasks write disjoint outputs. An exception of a task is raised here.
 void parallel(int64_t tasks, Body body, void* context);
 
+// The number of threads torch is set to.
+int64_t threads();
+
 // A 64-byte aligned buffer of this thread, kept between calls; one per slot. Raises std::bad_alloc.
 enum class Slot { kPackA, kPackB, kTile, kRow, kAttention, kCount };
 void* scratch(Slot slot, size_t bytes);

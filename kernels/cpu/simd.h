@@ -66,8 +66,12 @@ ZK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
 // bf16 is the upper half of fp32.
 ZK_INLINE vf load_bf16(const uint16_t* p) {
-  vu wide = __builtin_convertvector(*reinterpret_cast<const vh_u*>(p), vu) << 16;
-  return reinterpret_cast<vf&>(wide);
+#if defined(__AVX512F__)  // GCC would widen the halves one by one; its unmasked intrinsics trip -Wmaybe-uninitialized
+  vi wide = reinterpret_cast<vi>(_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  vi wide = __builtin_convertvector(*reinterpret_cast<const vh_u*>(p), vi);
+#endif
+  return as_float(wide << 16);
 }
 ZK_INLINE float from_bf16(uint16_t h) {
   uint32_t u = uint32_t(h) << 16;
@@ -82,7 +86,11 @@ ZK_INLINE void store_bf16(uint16_t* p, vf x) {
   u = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vi nan = x != x;
   u = nan ? (vu{} + 0x7fc0u) : u;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(u)));
+#else
   *reinterpret_cast<vh_u*>(p) = __builtin_convertvector(u, vh);
+#endif
 }
 ZK_INLINE uint16_t to_bf16(float x) {
   uint32_t u;
@@ -157,16 +165,39 @@ ZK_INLINE vf log2(vf x) {
 ZK_INLINE float exp2_1(float x) { return exp2(set1(x))[0]; }
 ZK_INLINE float log2_1(float x) { return log2(set1(x))[0]; }
 
+// The upper half of the first `n` lanes moved to the lower half.
+template <int n>
+ZK_INLINE vf upper(vf x) {
+  vi from;
+  for (int i = 0; i < W; i++) from[i] = (i + n / 2) % W;
+  return __builtin_shuffle(x, from);
+}
+// The halving tree over a vector: sum, or exact maximum.
+template <int n = W>
+ZK_INLINE float fold_vector(vf x) {
+  if constexpr (n == 1)
+    return x[0];
+  else
+    return fold_vector<n / 2>(x + upper<n>(x));
+}
+template <int n = W>
+ZK_INLINE float highest_of(vf x) {
+  if constexpr (n == 1)
+    return x[0];
+  else
+    return highest_of<n / 2>(max(x, upper<n>(x)));
+}
+
 // R3: the 128 lanes and the halving tree that folds them.
 struct Lanes {
   vf lane[kLanes / W];
 };
-ZK_INLINE float fold(Lanes& l) {
-  float t[kLanes];
-  for (int i = 0; i < kLanes / W; i++) store(t + i * W, l.lane[i]);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) t[i] = t[i] + t[i + half];
-  return t[0];
+ZK_INLINE float fold(Lanes l) {
+#pragma GCC unroll 16
+  for (int half = kLanes / W / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; i++) l.lane[i] = l.lane[i] + l.lane[i + half];
+  return fold_vector(l.lane[0]);
 }
 
 // `next` in the first `valid` lanes, `old` in the rest: a row's order sees only the row's own elements.

@@ -1,7 +1,6 @@
 // Register tiles: the micro kernel that keeps kMR x kNR fma chains in registers, and the packing that feeds it.
 //
-// Rows are packed kMR side by side, columns kNR side by side, both widened to fp32. A chain that is cut is stored and
-// reloaded as fp32, which loses nothing.
+// A chain that is cut is stored and reloaded as fp32, which loses nothing.
 #pragma once
 
 #include "simd.h"
@@ -17,20 +16,22 @@ constexpr int kMR = 4;
 #endif
 constexpr int kNR = 2 * W;
 
-// c[r][kNR] (+)= sum over k of a[k * a_step + r] b[k][kNR]
-template <int R>
-static void micro_rows(int64_t kc, const float* a, int64_t a_step, const float* b, float* c, bool add) {
+// c[r][kNR] += sum over k of a[k * a_step + r * kRow] line(k)[0, n), one fma each; the bf16 lines are widened on the way.
+template <int R, int kRow, class Line>
+static void micro_rows(int64_t kc, const float* a, int64_t a_step, Line line, int n, float* c) {
+  const int n0 = n < W ? n : W, n1 = n - n0 < W ? n - n0 : W;
   vf acc[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
-    acc[r][0] = add ? load(c + r * kNR) : vf{};
-    acc[r][1] = add ? load(c + r * kNR + W) : vf{};
+    acc[r][0] = load(c + r * kNR);
+    acc[r][1] = load(c + r * kNR + W);
   }
   for (int64_t k = 0; k < kc; k++) {
-    vf b0 = load(b + k * kNR), b1 = load(b + k * kNR + W);
+    const uint16_t* p = line(k);
+    vf b0 = load_bf16_n(p, n0), b1 = load_bf16_n(p + n0, n1);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      vf x = set1(a[k * a_step + r]);
+      vf x = set1(a[k * a_step + r * kRow]);
       acc[r][0] = fma(x, b0, acc[r][0]);
       acc[r][1] = fma(x, b1, acc[r][1]);
     }
@@ -49,9 +50,10 @@ static void micro_rows(int64_t kc, const float* a, int64_t a_step, const float* 
 #else
 #define ZK_ROWS(F) F(1) F(2) F(3) F(4)
 #endif
-ZK_INLINE void micro(int rows, int64_t kc, const float* a, int64_t a_step, const float* b, float* c, bool add) {
+template <int kRow, class Line>
+ZK_INLINE void micro(int rows, int64_t kc, const float* a, int64_t a_step, Line line, int n, float* c) {
 #define ZK_CASE(R) \
-  case R: return micro_rows<R>(kc, a, a_step, b, c, add);
+  case R: return micro_rows<R, kRow>(kc, a, a_step, line, n, c);
   switch (rows) { ZK_ROWS(ZK_CASE) }
 #undef ZK_CASE
 }
@@ -77,36 +79,6 @@ ZK_INLINE void transpose_from(V* x) {
 template <class V>
 ZK_INLINE void transpose(V* x) {
   transpose_from<1>(x);
-}
-
-// out[k][width] for k in [0, kc): `lines` bf16 lines (query rows, keys), widened, each contiguous along k and starting at
-// line(i); those past `lines` read as zero. Writes W words at a time: a group narrower than W spills into the next k,
-// which is written after it.
-template <class Line>
-static void pack_across(Line line, int lines, int64_t kc, int width, float* out) {
-  for (int group = 0; group < width; group += W) {
-    int n = lines - group < W ? lines - group : W;
-    int64_t k = 0;
-    // two bf16 to a word: half the words to transpose, then split
-    for (; k + 2 * W <= kc; k += 2 * W) {
-      vi x[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) x[i] = i < n ? load_words(reinterpret_cast<const int32_t*>(line(group + i) + k)) : vi{};
-      transpose(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) {
-        store(out + (k + 2 * i) * width + group, as_float(x[i] << 16));
-        store(out + (k + 2 * i + 1) * width + group, as_float(x[i] & int32_t(0xffff0000)));
-      }
-    }
-    for (; k < kc; k += W) {
-      int left = kc - k < W ? int(kc - k) : W;
-      vf x[W];
-      for (int i = 0; i < W; i++) x[i] = i < n ? load_bf16_n(line(group + i) + k, left) : vf{};
-      transpose(x);
-      for (int i = 0; i < left; i++) store(out + (k + i) * width + group, x[i]);
-    }
-  }
 }
 
 }  // namespace zerokl::ZEROKL_ISA

@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 
 from .. import contract
-from .arith import F32, LOG2E, Array, bf16, exp2, fma, fold, log2
+from .arith import F32, LOG2E, Array, bf16, chain, exp2, fma, fold, log2
 
 BLOCK, SEGMENT = contract.ATTENTION_BLOCK, contract.ATTENTION_SEGMENT
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """a [D] . b [n, D], chain over ascending d."""
-    acc = np.zeros(b.shape[0], dtype=F32)
-    for d in range(a.shape[0]):
-        acc = fma(a[d], b[:, d], acc)
-    return acc
+    """a [D] . b [n, D] by R1."""
+    return chain(a[None], b.T)[0]
 
 
 def attend_row(q: Array, k: Array, v: Array, begin: int, end: int, scale: float) -> tuple[Array, F32]:
