@@ -18,6 +18,15 @@ struct PageTable {
   int64_t max_pages, page;
 };
 
+struct RouterShape {
+  int64_t experts, k;
+  bool sigmoid;             // else softmax
+  int64_t groups, keep_groups, judges;  // only experts of the keep_groups best groups, judged by their best scores' sum
+  bool renormalize;
+  float scale;
+};
+constexpr int64_t kMaxGroups = 64;
+
 }  // namespace zerokl
 
 #define ZEROKL_DECLARE(ISA)                                                                                                     \
@@ -35,8 +44,9 @@ struct PageTable {
                          const uint16_t* dsum, uint16_t* dx, float* dw);                                                        \
   void rotary(int64_t tokens, int64_t heads, int64_t dim, int64_t rotary_dim, const uint16_t* x, int64_t x_row,                 \
               int64_t x_head, const int64_t* positions, const float* table, bool inverse, uint16_t* y);                                        \
-  void silu_and_mul(int64_t rows, int64_t n, const uint16_t* x, uint16_t* y);                                                   \
-  void silu_and_mul_backward(int64_t rows, int64_t n, const uint16_t* x, const uint16_t* dy, uint16_t* dx);                     \
+  void silu_and_mul(int64_t rows, int64_t n, const uint16_t* x, const float* row_weight, uint16_t* y);                          \
+  void silu_and_mul_backward(int64_t rows, int64_t n, const uint16_t* x, const float* row_weight, const uint16_t* dy,           \
+                             uint16_t* dx, float* drow_weight);                                                                 \
   void attention_varlen(const AttentionShape& s, int64_t sequences, const int32_t* cu_seqlens, const uint16_t* q,               \
                         const uint16_t* k, const uint16_t* v, uint16_t* out, float* lse);                                       \
   void attention_paged(const AttentionShape& s, int64_t sequences, const PageTable& pages, const int32_t* seq_lens,             \
@@ -57,6 +67,21 @@ struct PageTable {
   int64_t argmax(int64_t vocab, const float* z);                                                                                \
   int64_t gumbel_argmax(int64_t vocab, const float* z, int64_t seed, int64_t position);                                         \
   void fp32_gemm(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, float* y);                              \
+  void router_topk(const RouterShape& s, int64_t rows, const float* logits, const float* bias, bool replay, float* weight,       \
+                   int64_t* index);                                                                                             \
+  void router_topk_backward(const RouterShape& s, int64_t rows, const float* logits, const int64_t* index, const float* dweight, \
+                            float* dlogits);                                                                                    \
+  void moe_gather(int64_t rows, int64_t n, int64_t slots, const uint16_t* x, const int64_t* source, uint16_t* y);               \
+  void moe_combine(int64_t tokens, int64_t n, int64_t slots, const uint16_t* y, const int64_t* position, const float* weight,   \
+                   const uint16_t* shared, uint16_t* out);                                                                      \
+  void moe_combine_backward(int64_t tokens, int64_t n, int64_t slots, const uint16_t* y, const int64_t* position,               \
+                            const float* weight, const uint16_t* dout, uint16_t* dy, float* dweight);                           \
+  void grouped_linear(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w,      \
+                      uint16_t* y, int segments);                                                                               \
+  void grouped_linear_dx(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* w,  \
+                         uint16_t* dx);                                                                                         \
+  void grouped_linear_dw(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* x,  \
+                         float* dw);                                                                                            \
   void log2_vector(int64_t n, const float* x, float* y);                                                                        \
   void exp2_vector(int64_t n, const float* x, float* y);                                                                        \
   }

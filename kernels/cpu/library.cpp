@@ -76,14 +76,15 @@ void op_rotary(const Tensor x, const Tensor positions, const Tensor table, bool 
               data<int64_t>(positions), data<float>(table), inverse, data<uint16_t>(y));
 }
 
-void op_silu_and_mul(const Tensor x, const Tensor y) {
+void op_silu_and_mul(const Tensor x, const Optional row_weight, const Tensor y) {
   const int64_t n = x.size(x.dim() - 1) / 2;
-  ZEROKL_CALL(silu_and_mul, y.numel() / n, n, data<uint16_t>(x), data<uint16_t>(y));
+  ZEROKL_CALL(silu_and_mul, y.numel() / n, n, data<uint16_t>(x), data<float>(row_weight), data<uint16_t>(y));
 }
 
-void op_silu_and_mul_backward(const Tensor x, const Tensor dy, const Tensor dx) {
+void op_silu_and_mul_backward(const Tensor x, const Optional row_weight, const Tensor dy, const Tensor dx, const Optional drow_weight) {
   const int64_t n = x.size(x.dim() - 1) / 2;
-  ZEROKL_CALL(silu_and_mul_backward, dy.numel() / n, n, data<uint16_t>(x), data<uint16_t>(dy), data<uint16_t>(dx));
+  ZEROKL_CALL(silu_and_mul_backward, dy.numel() / n, n, data<uint16_t>(x), data<float>(row_weight), data<uint16_t>(dy), data<uint16_t>(dx),
+              data<float>(drow_weight));
 }
 
 AttentionShape shape_of(const Tensor& q, int64_t kv_heads, double scale, bool causal, int64_t window) {
@@ -204,8 +205,8 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("rms_norm(Tensor x, Tensor? residual, Tensor w, float eps, Tensor(a!) y, Tensor(b!)? sum) -> ()");
   m.def("rms_norm_backward(Tensor x, Tensor w, float eps, Tensor dy, Tensor? dsum, Tensor(a!) dx, Tensor(b!)? dw) -> ()");
   m.def("rotary(Tensor x, Tensor positions, Tensor table, bool inverse, Tensor(a!) y) -> ()");
-  m.def("silu_and_mul(Tensor x, Tensor(a!) y) -> ()");
-  m.def("silu_and_mul_backward(Tensor x, Tensor dy, Tensor(a!) dx) -> ()");
+  m.def("silu_and_mul(Tensor x, Tensor? row_weight, Tensor(a!) y) -> ()");
+  m.def("silu_and_mul_backward(Tensor x, Tensor? row_weight, Tensor dy, Tensor(a!) dx, Tensor(b!)? drow_weight) -> ()");
   m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor out, Tensor lse, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor q_lens, float scale, int window, Tensor(a!) out) -> ()");

@@ -9,30 +9,32 @@ import torch
 from ._common import check, check_bf16, needs_grad, ops
 
 
-def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def _silu_and_mul(x: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
     y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
-    ops.silu_and_mul(x, y)
+    ops.silu_and_mul(x, row_weight, y)
     return y
 
 
 class _SiluAndMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return _silu_and_mul(x)
+    def forward(ctx: Any, x: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, row_weight)
+        return _silu_and_mul(x, row_weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, row_weight = ctx.saved_tensors
         dx = torch.empty_like(x)
-        ops.silu_and_mul_backward(x, dy.contiguous(), dx)
-        return dx
+        dweight = torch.empty_like(row_weight) if ctx.needs_input_grad[1] else None
+        ops.silu_and_mul_backward(x, row_weight, dy.contiguous(), dx, dweight)
+        return dx, dweight
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(x: torch.Tensor, *, row_weight: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(gate) * up`` of x = gate | up: bf16 [..., 2 F] to bf16 [..., F]; fp32 inside, one rounding.
 
-    Raises ValueError for an odd last dimension or an unsupported dtype.
+    ``row_weight`` (fp32 [...], one number a row) multiplies before the rounding. Its gradient is an R3 sum.
+    Raises ValueError for an odd last dimension or an unsupported dtype or shape.
     """
     check_bf16("silu_and_mul", x=x)
     check(
@@ -40,5 +42,11 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
         "silu_and_mul",
         f"x {tuple(x.shape)} must end in an even size",
     )
-    x = x.contiguous()
-    return _SiluAndMul.apply(x) if needs_grad(x) else _silu_and_mul(x)
+    check(
+        row_weight is None or (row_weight.dtype == torch.float32 and row_weight.shape == x.shape[:-1]),
+        "silu_and_mul",
+        f"row_weight must be fp32 {tuple(x.shape[:-1])}",
+    )
+    x, row_weight = x.contiguous(), None if row_weight is None else row_weight.contiguous()
+    forward = _SiluAndMul.apply if needs_grad(x, row_weight) else _silu_and_mul
+    return forward(x, row_weight)

@@ -53,7 +53,7 @@ def command(folder, model_folder):
 def whole(folder, command):
     """A run without interruption, with its control."""
     done = subprocess.run(
-        command("whole", "--set", "control.enabled=true"),
+        command("whole", "--set", "control.enabled=true", "--set", "run.tensorboard=true"),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -114,6 +114,7 @@ def test_the_run_folder_holds_everything(whole):
     for name in ("config.toml", "metrics.jsonl", "report.html", "report.png", "control.json", "model/model.safetensors",
                  "logs/rollout.log", "logs/trainer.log", "checkpoints/step-000004/state.json"):  # fmt: skip
         assert (run / name).is_file(), name
+    assert list((run / "tensorboard").glob("events.*"))
     assert output.count("0/") >= STEPS
     control = json.loads((run / "control.json").read_text())
     assert control["mismatched_tokens"] > 0

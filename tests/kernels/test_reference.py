@@ -187,13 +187,18 @@ def test_rotary(isa, dim, rotary_dim):
 
 
 @drawn
-@given(rows=st.sampled_from([1, 5, 33]), n=st.integers(1, 90), kind=KIND)
-def test_silu_and_mul(isa, rows, n, kind):
+@given(rows=st.sampled_from([1, 5, 33]), n=st.integers(1, 300), kind=KIND, weighted=st.booleans())
+def test_silu_and_mul(isa, rows, n, kind, weighted):
     x = hashed(rows, 2 * n, seed=1, kind=kind).requires_grad_()
-    y = kernels.silu_and_mul(x)
-    assert_same_bits(y, ref_activation.silu_and_mul(f32(x)), "y")
-    dy, (dx,) = gradients(y, x)
-    assert_same_bits(dx, ref_activation.silu_and_mul_backward(f32(x), f32(dy)), "dx")
+    weight = hashed(rows, seed=2).float().requires_grad_() if weighted else None
+    y = kernels.silu_and_mul(x, row_weight=weight)
+    w = None if weight is None else f32(weight)
+    assert_same_bits(y, ref_activation.silu_and_mul(f32(x), w), "y")
+    dy, (dx, *dw) = gradients(y, *((x,) if weight is None else (x, weight)))
+    expected = ref_activation.silu_and_mul_backward(f32(x), f32(dy), w)
+    assert_same_bits(dx, expected[0], "dx")
+    if dw:
+        assert_same_bits(dw[0], expected[1], "drow_weight")
 
 
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 3, 1), (80, 2, 2), (128, 16, 1)])

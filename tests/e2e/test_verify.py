@@ -1,0 +1,65 @@
+"""The command `zerokl verify` as a user runs it: its exit codes and its JSON."""
+
+import json
+
+import pytest
+
+FEW = ("--max-new-tokens", "12")
+
+
+@pytest.fixture
+def verify(zerokl, model_folder, tmp_path):
+    """verify(model name, options...) -> (exit code, the JSON it wrote, what it printed)"""
+
+    def run(name, *options):
+        out = tmp_path / "out.json"
+        done = zerokl("verify", "--model", model_folder(name), "--json", out, *options)
+        assert out.is_file(), done.stdout + done.stderr
+        return done.returncode, json.loads(out.read_text()), done.stdout
+
+    return run
+
+
+def test_a_real_model_agrees_on_two_thousand_tokens(verify):
+    code, found, printed = verify("smollm2-135m")
+    assert code == 0, printed
+    assert found["tokens"] >= 2000
+    assert (found["mismatched_tokens"], found["max_abs_diff"], found["nonfinite"]) == (0, 0.0, 0)
+    assert found["kl"] == {"k1": 0.0, "k2": 0.0, "k3": 0.0}
+    assert found["first_mismatch"] is None
+    assert found["weights_digest"]["engine"] == found["weights_digest"]["trainer"]
+    assert found["longest_prompt"] > 256, "no prompt was longer than a prefill chunk"
+    assert found["cached_tokens"] > 0, "no prompt hit the prefix cache"
+    assert {"contract", "profile", "ops"} <= found["manifest"].keys()
+    assert {"sglang", "megatron-core", "torch", "zerokl"} <= found["versions"].keys()
+    assert "EQUAL, bit for bit" in printed
+
+
+def test_sampling_options_and_own_prompts(verify, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "two words"}, {"prompt": [{"role": "user", "content": "hi"}]}, {"input_ids": [5, 6, 7]}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, found, printed = verify("tiny-qwen3", "--prompts", prompts, "--temperature", "0.7", "--top-p", "0.9", *FEW)
+    assert code == 0, printed
+    assert found["requests"] == 3
+    assert found["tokens"] > 0
+
+
+@pytest.mark.parametrize("fault", ["ulp", "nan", "weight-bit"])
+def test_every_planted_fault_is_found(verify, fault):
+    code, found, printed = verify("tiny-llama", "--inject", fault, *FEW)
+    assert code == 1, printed
+    assert "NOT EQUAL" in printed
+    assert (found["nonfinite"] > 0) == (fault == "nan")
+    assert (found["weights_digest"]["engine"] != found["weights_digest"]["trainer"]) == (fault == "weight-bit")
+    if fault == "ulp":
+        assert found["mismatched_tokens"] == 1
+        assert 0 < found["max_abs_diff"] < 1e-5
+
+
+def test_the_engines_own_kernels_differ(verify):
+    code, found, printed = verify("tiny-llama", "--control", "stock", *FEW)
+    assert code == 1, printed
+    assert found["mismatched_tokens"] > found["tokens"] // 2
+    assert found["kl"]["k3"] > 0
+    assert found["weights_digest"]["engine"] == found["weights_digest"]["trainer"]
