@@ -2,6 +2,7 @@
 
 from .ops.activation import silu_and_mul
 from .ops.attention import attention_paged, attention_varlen
+from .ops.collective import tree_all_reduce
 from .ops.linear import embedding, linear
 from .ops.logprob import SelectedLogprob, logprob_from_logits, selected_logprob
 from .ops.moe import Groups, Permutation, Routing, grouped_linear, moe_combine, moe_permute, router_topk
@@ -30,4 +31,5 @@ __all__ = [
     "sample",
     "selected_logprob",
     "silu_and_mul",
+    "tree_all_reduce",
 ]

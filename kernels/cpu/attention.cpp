@@ -53,9 +53,10 @@ static float update_row(const float* score, Span span, float c, float* m, float*
 // One key block for one row tile: scores, softmax update, p v. k holds the packed keys, value(j) value j of the block;
 // score [panel][kMR][kNR] and p [kMR][kAttentionBlock] are scratch.
 template <class Value>
-static void update_tile(const Rows& rows, const int32_t* q, const KeyBlock& keys, const int32_t* k, Value value, int64_t dim, float c,
-                        const Running& state, float* score, float* p) {
-  products(rows.count, dim, q, keys.panels(), k, score);
+static void update_tile(const Rows& rows, const int32_t* q, const KeyBlock& keys, const int32_t* k, Value value, const AttentionShape& s,
+                        float c, const Running& state, float* score, float* p) {
+  const int64_t dim = s.v_dim;
+  products(rows.count, s.dim, q, keys.panels(), k, score);
   for (int r = 0; r < rows.count; r++) {
     const Span span = rows.span(r, keys);
     if (span.empty()) continue;
@@ -88,12 +89,23 @@ static void merge_segment(int rows, int64_t dim, const Running& total, const Run
   }
 }
 
+// The sink's logit joins the sum, with no value: what merge_segment does with l' = 1 and O' = 0.
+static void add_sink(float sink, int64_t dim, int r, const Running& total) {
+  const float t = sink * kLog2e, m = total.m[r] > t ? total.m[r] : t, a = exp2_1(total.m[r] - m);
+  total.m[r] = m;
+  total.l[r] = fma1(total.l[r], a, exp2_1(t - m));
+  for (int64_t d = 0; d < dim; d += W) {
+    float* o = total.acc + ((d / kNR) * kMR + r) * kNR + d % kNR;
+    store(o, load(o) * set1(a));
+  }
+}
+
 // Query rows [first, first + count) of one sequence and kv head; row r is head r % G of query r / G.
-// locate(begin, n, offset): where keys [begin, begin + n) lie, as elements from k and v.
+// locate(begin, n, row): the rows of k and v that hold keys [begin, begin + n).
 template <class Locate>
-static void attend_group(const AttentionShape& s, const Heads& head, int64_t first, int64_t count, const uint16_t* k_rows,
-                         const uint16_t* v_rows, Locate locate, uint16_t* out, float* lse) {
-  const int64_t dim = s.dim, d_panels = (dim + kNR - 1) / kNR, tiles = (count + kMR - 1) / kMR;
+static void attend_group(const AttentionShape& s, const Heads& head, int64_t first, int64_t count, const uint16_t* q_rows,
+                         const uint16_t* k_rows, const uint16_t* v_rows, Locate locate, uint16_t* out, float* lse) {
+  const int64_t dim = s.dim, v_dim = s.v_dim, d_panels = (v_dim + kNR - 1) / kNR, tiles = (count + kMR - 1) / kMR;
   const int64_t acc = d_panels * kMR * kNR, state = 2 * kMR + acc, panels = kAttentionBlock / kNR;
   const int64_t q_words = words_of(tiles, dim, kMR), k_words = words_of(panels, dim, kNR), q_tile = steps_of(dim) * kMR;
   float* at = static_cast<float*>(scratch(Slot::kAttention, sizeof(float) * size_t(q_words + k_words + 2 * tiles * state +
@@ -113,7 +125,7 @@ static void attend_group(const AttentionShape& s, const Heads& head, int64_t fir
   for (int64_t t = 0; t < tiles; t++) {
     // spills W - kMR words into the next tile, which is packed after it
     Rows rows = tile_rows(t);
-    pack_lines([&](int r) { return head.query(rows.first + r); }, rows.count, 0, dim, kMR, q + t * q_tile);
+    pack_lines([&](int r) { return q_rows + head.index(rows.first + r) * dim; }, rows.count, 0, dim, kMR, q + t * q_tile);
   }
   const float c = s.scale * kLog2e;
   const int64_t last_key = tile_rows(tiles - 1).last_key(), first_key = tile_rows(0).first_key();
@@ -124,25 +136,26 @@ static void attend_group(const AttentionShape& s, const Heads& head, int64_t fir
       if (block + kAttentionBlock <= first_key) continue;
       const int low = first_key > block ? int(first_key - block) : 0;  // no row sees the keys before: they are not read
       const KeyBlock keys{block, last_key + 1 - block < kAttentionBlock ? int(last_key + 1 - block) : kAttentionBlock};
-      int64_t offset[kAttentionBlock];
-      locate(block + low, keys.count - low, offset + low);
-      for (int j = 0; j < low; j++) offset[j] = offset[low];
-      pack_keys(keys.count, dim, [&](int j) { return k_rows + offset[j]; }, k);
-      auto value = [&](int j) { return v_rows + offset[j]; };
+      int64_t row[kAttentionBlock];
+      locate(block + low, keys.count - low, row + low);
+      for (int j = 0; j < low; j++) row[j] = row[low];
+      pack_keys(keys.count, dim, [&](int j) { return k_rows + (row[j] * s.kv_heads + head.kv) * dim; }, k);
+      auto value = [&](int j) { return v_rows + (row[j] * s.kv_heads + head.kv) * v_dim; };
       for (int64_t t = 0; t < tiles; t++)
-        update_tile(tile_rows(t), q + t * q_tile, keys, k, value, dim, c, running(segment_state, t), score, p);
+        update_tile(tile_rows(t), q + t * q_tile, keys, k, value, s, c, running(segment_state, t), score, p);
     }
-    for (int64_t t = 0; t < tiles; t++) merge_segment(tile_rows(t).count, dim, running(total_state, t), running(segment_state, t));
+    for (int64_t t = 0; t < tiles; t++) merge_segment(tile_rows(t).count, v_dim, running(total_state, t), running(segment_state, t));
   }
   for (int64_t t = 0; t < tiles; t++) {
     const Running total = running(total_state, t);
     for (int r = 0; r < tile_rows(t).count; r++) {
       const int64_t row = first + t * kMR + r;
-      if (lse) lse[head.lse_index(row)] = total.m[r] + log2_1(total.l[r]);
-      for (int64_t d = 0; d < dim; d += W) {
-        const int n = dim - d < W ? int(dim - d) : W;
+      if (s.sinks) add_sink(s.sinks[head.head(row)], v_dim, r, total);
+      if (lse) lse[head.index(row)] = total.m[r] + log2_1(total.l[r]);
+      for (int64_t d = 0; d < v_dim; d += W) {
+        const int n = v_dim - d < W ? int(v_dim - d) : W;
         vf o = load(total.acc + ((d / kNR) * kMR + r) * kNR + d % kNR) / set1(total.l[r]);
-        store_bf16_n(out + head.offset(row) + d, o, n);
+        store_bf16_n(out + head.index(row) * v_dim + d, o, n);
       }
     }
   }
@@ -172,12 +185,11 @@ void attention_varlen(const AttentionShape& s, int64_t sequences, const int32_t*
                       const uint16_t* v, uint16_t* out, float* lse) {
   auto queries = [&](int64_t b) { return QuerySpan{cu_seqlens[b], cu_seqlens[b + 1] - cu_seqlens[b], 0}; };
   for_groups(s, sequences, queries, [&](int64_t b, int64_t kv, int64_t first, int64_t count) {
-    const int64_t row = s.kv_heads * s.dim, base = cu_seqlens[b] * row + kv * s.dim;
-    const Heads head{q, s.heads / s.kv_heads, kv, s.heads, s.dim, queries(b), queries(b).count};
-    auto locate = [&](int64_t begin, int n, int64_t* offset) {
-      for (int j = 0; j < n; j++) offset[j] = base + (begin + j) * row;
+    const Heads head{s.heads / s.kv_heads, kv, s.heads, queries(b), queries(b).count};
+    auto locate = [&](int64_t begin, int n, int64_t* row) {
+      for (int j = 0; j < n; j++) row[j] = cu_seqlens[b] + begin + j;
     };
-    attend_group(s, head, first, count, k, v, locate, out, lse);
+    attend_group(s, head, first, count, q, k, v, locate, out, lse);
   });
 }
 
@@ -188,17 +200,16 @@ void attention_paged(const AttentionShape& s, int64_t sequences, const PageTable
   for (int64_t b = 0; b < sequences; b++) start[b + 1] = start[b] + q_lens[b];
   auto queries = [&](int64_t b) { return QuerySpan{start[b], q_lens[b], seq_lens[b] - q_lens[b]}; };
   for_groups(s, sequences, queries, [&](int64_t b, int64_t kv, int64_t first, int64_t count) {
-    const int64_t row = s.kv_heads * s.dim;
     const int32_t* table = pages.table + b * pages.max_pages;
-    auto locate = [&](int64_t begin, int n, int64_t* offset) {
+    auto locate = [&](int64_t begin, int n, int64_t* row) {
       int64_t page = begin / pages.page, slot = begin % pages.page;
       for (int j = 0; j < n; j++) {
-        offset[j] = (table[page] * pages.page + slot) * row + kv * s.dim;
+        row[j] = table[page] * pages.page + slot;
         if (++slot == pages.page) slot = 0, page++;
       }
     };
-    const Heads head{q, s.heads / s.kv_heads, kv, s.heads, s.dim, queries(b), seq_lens[b]};
-    attend_group(s, head, first, count, k_cache, v_cache, locate, out, nullptr);
+    const Heads head{s.heads / s.kv_heads, kv, s.heads, queries(b), seq_lens[b]};
+    attend_group(s, head, first, count, q, k_cache, v_cache, locate, out, nullptr);
   });
 }
 

@@ -46,14 +46,12 @@ struct Rows {
 
 // One sequence and kv head: where its query rows lie.
 struct Heads {
-  const uint16_t* q;
-  int64_t group, kv, heads, dim;
+  int64_t group, kv, heads;
   QuerySpan span;
   int64_t keys;
 
-  int64_t offset(int64_t row) const { return ((span.row + row / group) * heads + kv * group + row % group) * dim; }
-  int64_t lse_index(int64_t row) const { return offset(row) / dim; }
-  const uint16_t* query(int64_t row) const { return q + offset(row); }
+  int64_t head(int64_t row) const { return kv * group + row % group; }
+  int64_t index(int64_t row) const { return (span.row + row / group) * heads + head(row); }
   Rows rows(int64_t first, int count, const AttentionShape& s) const {
     return {first, count, group, span.before, keys, s.window, s.causal};
   }

@@ -6,10 +6,12 @@
 namespace zerokl {
 
 struct AttentionShape {
-  int64_t heads, kv_heads, dim;
-  float scale;    // multiplies q.k, fp32
+  int64_t heads, kv_heads;
+  int64_t dim, v_dim;  // of queries and keys, of values and outputs
+  float scale;         // multiplies q.k, fp32
   bool causal;
-  int64_t window;  // keys a query may look back to, itself included; 0 = all
+  int64_t window;      // keys a query may look back to, itself included; 0 = all
+  const float* sinks;  // [heads], or none
 };
 
 // Where the keys of sequence b lie: position p is row table[b * max_pages + p / page] * page + p % page of the cache.
@@ -54,7 +56,7 @@ constexpr int64_t kMaxGroups = 64;
                        uint16_t* out);                                                                                          \
   void attention_backward(const AttentionShape& s, int64_t sequences, const int32_t* cu_seqlens, const uint16_t* q,             \
                           const uint16_t* k, const uint16_t* v, const uint16_t* out, const float* lse, const uint16_t* dout,    \
-                          uint16_t* dq, uint16_t* dk, uint16_t* dv);                                                            \
+                          uint16_t* dq, uint16_t* dk, uint16_t* dv, float* dsink_rows, float* dsinks);                          \
   void row_scale(int64_t vocab, const float* z, float temperature, float* out);                                                  \
   void row_sum(int64_t vocab, const float* z, float* maximum, float* sum, float* moment);                                       \
   void merge_sums(int count, float* maximum, float* sum, float* moment);                                                        \

@@ -87,25 +87,26 @@ void op_silu_and_mul_backward(const Tensor x, const Optional row_weight, const T
               data<float>(drow_weight));
 }
 
-AttentionShape shape_of(const Tensor& q, int64_t kv_heads, double scale, bool causal, int64_t window) {
-  return {q.size(1), kv_heads, q.size(2), float(scale), causal, window};
+AttentionShape shape_of(const Tensor& q, int64_t kv_heads, int64_t v_dim, double scale, bool causal, int64_t window, const Optional& sinks) {
+  return {q.size(1), kv_heads, q.size(2), v_dim, float(scale), causal, window, data<float>(sinks)};
 }
 
 void op_attention_varlen(const Tensor q, const Tensor k, const Tensor v, const Tensor cu_seqlens, double scale, bool causal, int64_t window,
-                         const Tensor out, const Tensor lse) {
-  ZEROKL_CALL(attention_varlen, shape_of(q, k.size(1), scale, causal, window), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
+                         const Optional sinks, const Tensor out, const Tensor lse) {
+  ZEROKL_CALL(attention_varlen, shape_of(q, k.size(1), v.size(2), scale, causal, window, sinks), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
               data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out), data<float>(lse));
 }
 
 void op_attention_backward(const Tensor q, const Tensor k, const Tensor v, const Tensor cu_seqlens, double scale, bool causal, int64_t window,
-                           const Tensor out, const Tensor lse, const Tensor dout, const Tensor dq, const Tensor dk, const Tensor dv) {
-  ZEROKL_CALL(attention_backward, shape_of(q, k.size(1), scale, causal, window), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
+                           const Optional sinks, const Tensor out, const Tensor lse, const Tensor dout, const Tensor dq, const Tensor dk,
+                           const Tensor dv, const Optional dsink_rows, const Optional dsinks) {
+  ZEROKL_CALL(attention_backward, shape_of(q, k.size(1), v.size(2), scale, causal, window, sinks), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
               data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out), data<float>(lse), data<uint16_t>(dout),
-              data<uint16_t>(dq), data<uint16_t>(dk), data<uint16_t>(dv));
+              data<uint16_t>(dq), data<uint16_t>(dk), data<uint16_t>(dv), data<float>(dsink_rows), data<float>(dsinks));
 }
 
 void op_attention_paged(const Tensor q, const Tensor k_cache, const Tensor v_cache, const Tensor page_table, const Tensor seq_lens,
-                        const Tensor q_lens, double scale, int64_t window, const Tensor out) {
+                        const Tensor q_lens, double scale, int64_t window, const Optional sinks, const Tensor out) {
   const PageTable pages{data<int32_t>(page_table), page_table.size(1), k_cache.size(1)};
   const int32_t *lens = data<int32_t>(seq_lens), *queries = data<int32_t>(q_lens);
   int64_t total = 0;
@@ -120,7 +121,7 @@ void op_attention_paged(const Tensor q, const Tensor k_cache, const Tensor v_cac
     total += queries[b];
   }
   STD_TORCH_CHECK(total == q.size(0), "zerokl::attention_paged: q_lens add up to ", total, ", q has ", q.size(0), " rows");
-  ZEROKL_CALL(attention_paged, shape_of(q, k_cache.size(2), scale, true, window), seq_lens.numel(), pages, lens, queries, data<uint16_t>(q),
+  ZEROKL_CALL(attention_paged, shape_of(q, k_cache.size(2), v_cache.size(3), scale, true, window, sinks), seq_lens.numel(), pages, lens, queries, data<uint16_t>(q),
               data<uint16_t>(k_cache), data<uint16_t>(v_cache), data<uint16_t>(out));
 }
 
@@ -207,9 +208,9 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("rotary(Tensor x, Tensor positions, Tensor table, bool inverse, Tensor(a!) y) -> ()");
   m.def("silu_and_mul(Tensor x, Tensor? row_weight, Tensor(a!) y) -> ()");
   m.def("silu_and_mul_backward(Tensor x, Tensor? row_weight, Tensor dy, Tensor(a!) dx, Tensor(b!)? drow_weight) -> ()");
-  m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor out, Tensor lse, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor q_lens, float scale, int window, Tensor(a!) out) -> ()");
+  m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor? sinks, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor? sinks, Tensor out, Tensor lse, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dsink_rows, Tensor(e!)? dsinks) -> ()");
+  m.def("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor q_lens, float scale, int window, Tensor? sinks, Tensor(a!) out) -> ()");
   m.def("selected_logprob(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy, Tensor(c!) state, Tensor(d!) cut, Tensor(e!) cut_index) -> ()");
   m.def("selected_logprob_backward(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor state, Tensor cut, Tensor cut_index, Tensor grad, Tensor(a!)? dhidden, Tensor(b!)? dw) -> ()");
   m.def("logprob_from_logits(Tensor logits, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy) -> ()");

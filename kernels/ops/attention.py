@@ -21,25 +21,30 @@ class _AttentionVarlen(torch.autograd.Function):
         scale: float,
         causal: bool,
         window: int,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
+        out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        ops.attention_varlen(q, k, v, cu, scale, causal, window, out, lse)
-        ctx.save_for_backward(q, k, v, cu, out, lse)
+        ops.attention_varlen(q, k, v, cu, scale, causal, window, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, cu, sinks, out, lse)
         ctx.options = (scale, causal, window)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, cu, out, lse = ctx.saved_tensors
+        q, k, v, cu, sinks, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        ops.attention_backward(q, k, v, cu, *ctx.options, out, lse, dout.contiguous(), dq, dk, dv)
-        return dq, dk, dv, None, None, None, None
+        rows = dsinks = None
+        if ctx.needs_input_grad[7]:
+            rows, dsinks = torch.empty_like(lse), torch.empty_like(sinks)
+        ops.attention_backward(q, k, v, cu, *ctx.options, sinks, out, lse, dout.contiguous(), dq, dk, dv, rows, dsinks)
+        return dq, dk, dv, None, None, None, None, dsinks
 
 
-def _check_heads(
+def _options(
     op: str, q: torch.Tensor, kv_heads: int, dim: int, window: int | None, sinks: torch.Tensor | None
-) -> int:
+) -> tuple[int, torch.Tensor | None]:
+    """Window (0: none) and sinks (fp32) as the compiled ops take them, once everything is checked."""
     check(q.dim() == 3, op, f"q {tuple(q.shape)} must be [T, heads, D]")
     check(q.shape[2] == dim, op, f"q has head dim {q.shape[2]}, keys {dim}")
     check(
@@ -48,8 +53,12 @@ def _check_heads(
         f"{q.shape[1]} query heads are not a multiple of {kv_heads} key heads",
     )
     check(window is None or window > 0, op, f"window={window} must be positive")
-    check(sinks is None, op, "sinks are not supported; pass None")
-    return window or 0
+    check(
+        sinks is None or (sinks.shape == (q.shape[1],) and sinks.dtype in (torch.float32, torch.bfloat16)),
+        op,
+        f"sinks must be fp32 or bf16 [{q.shape[1]}]",
+    )
+    return window or 0, None if sinks is None else sinks.float().contiguous()
 
 
 def attention_varlen(
@@ -66,14 +75,15 @@ def attention_varlen(
     """Attention of packed sequences: full-sequence training and scoring.
 
     Args:
-        q: bf16 [T, H, D]; k, v: bf16 [T, Hk, D], H a multiple of Hk.
+        q: bf16 [T, H, D]; k: bf16 [T, Hk, D]; v: bf16 [T, Hk, Dv]; H a multiple of Hk.
         cu_seqlens: int32 [B + 1], ascending from 0 to T; sequences attend within themselves.
         scale: multiplies q.k.
         causal: a query sees keys up to its own position.
         window: a query sees only the last ``window`` keys, itself included.
+        sinks: fp32 or bf16 [H], a logit per head that joins every row's softmax without a value (gpt-oss).
 
     Returns:
-        bf16 [T, H, D]; the same bits as :func:`attention_paged` on the same keys.
+        bf16 [T, H, Dv]; the same bits as :func:`attention_paged` on the same keys.
 
     Raises:
         ValueError: unsupported dtype, shape or option.
@@ -81,11 +91,11 @@ def attention_varlen(
     op = "attention_varlen"
     check_bf16(op, q=q, k=k, v=v)
     check(
-        k.dim() == 3 and k.shape == v.shape and k.shape[0] == q.shape[0],
+        k.dim() == v.dim() == 3 and k.shape[:2] == v.shape[:2] and k.shape[0] == q.shape[0],
         op,
-        f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, Hk, D] like q's T",
+        f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, Hk, D] and [T, Hk, Dv] with q's T",
     )
-    width = _check_heads(op, q, k.shape[1], k.shape[2], window, sinks)
+    width, sinks = _options(op, q, k.shape[1], k.shape[2], window, sinks)
     cu = cu_seqlens.to(torch.int32).contiguous()
     ends = cu.tolist()
     check(
@@ -93,7 +103,7 @@ def attention_varlen(
         op,
         f"cu_seqlens must ascend from 0 to {q.shape[0]}",
     )
-    return _AttentionVarlen.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu, scale, causal, width)
+    return _AttentionVarlen.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu, scale, causal, width, sinks)
 
 
 def attention_paged(
@@ -112,27 +122,32 @@ def attention_paged(
 
     Args:
         q: bf16 [T, H, D], the last ``q_lens[b]`` positions of each sequence, packed.
-        k_cache, v_cache: bf16 [pages, page_size, Hk, D].
+        k_cache, v_cache: bf16 [pages, page_size, Hk, D] and [..., Dv].
         page_table: int32 [B, max_pages]; position p of sequence b lies in page ``page_table[b, p // page_size]``.
         seq_lens: int32 [B], keys of each sequence, the new ones included (already in the cache).
         q_lens: int32 [B].
+        scale, window, sinks: as in :func:`attention_varlen`.
 
     Returns:
-        bf16 [T, H, D]; bits depend on neither pages, their order, nor how the queries were cut into calls.
+        bf16 [T, H, Dv]; bits depend on neither pages, their order, nor how the queries were cut into calls.
 
     Raises:
         ValueError: unsupported dtype, shape or option. RuntimeError: a page or length out of range.
     """
     op = "attention_paged"
     check_bf16(op, q=q, k_cache=k_cache, v_cache=v_cache)
-    check(k_cache.dim() == 4 and k_cache.shape == v_cache.shape, op, "caches must be [pages, page_size, Hk, D]")
-    width = _check_heads(op, q, k_cache.shape[2], k_cache.shape[3], window, sinks)
+    check(
+        k_cache.dim() == v_cache.dim() == 4 and k_cache.shape[:3] == v_cache.shape[:3],
+        op,
+        "caches must be [pages, page_size, Hk, D] and [pages, page_size, Hk, Dv]",
+    )
+    width, sinks = _options(op, q, k_cache.shape[2], k_cache.shape[3], window, sinks)
     check(
         page_table.dim() == 2 and seq_lens.shape == q_lens.shape == page_table.shape[:1],
         op,
         "page_table [B, n], seq_lens [B] and q_lens [B] disagree",
     )
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype)
     table, lens, queries = (t.to(torch.int32).contiguous() for t in (page_table, seq_lens, q_lens))
-    ops.attention_paged(q.contiguous(), k_cache, v_cache, table, lens, queries, scale, width, out)
+    ops.attention_paged(q.contiguous(), k_cache, v_cache, table, lens, queries, scale, width, sinks, out)
     return out

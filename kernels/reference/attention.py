@@ -17,8 +17,10 @@ def _dot(a: Array, b: Array) -> Array:
     return chain(a[None], b.T)[0]
 
 
-def attend_row(q: Array, k: Array, v: Array, begin: int, end: int, scale: float) -> tuple[Array, F32]:
-    """One query q [D] over keys [begin, end) of k, v [n, D]: (fp32 output, log2-sum-exp2)."""
+def attend_row(
+    q: Array, k: Array, v: Array, begin: int, end: int, scale: float, sink: float | None = None
+) -> tuple[Array, F32]:
+    """One query q [D] over keys [begin, end) of k [n, D], v [n, Dv]: (fp32 output, log2-sum-exp2)."""
     c = F32(scale) * LOG2E
     total_m: Any
     total_l: Any
@@ -45,6 +47,11 @@ def attend_row(q: Array, k: Array, v: Array, begin: int, end: int, scale: float)
         a, b = exp2(total_m - top), exp2(m - top)
         total_m, total_l = top, fma(total_l, a, mass * b)
         total_o = fma(total_o, a, (o * b).astype(F32))
+    if sink is not None:
+        joining = F32(sink) * LOG2E
+        top = max(total_m, joining)
+        a = exp2(total_m - top)
+        total_m, total_l, total_o = top, fma(total_l, a, exp2(joining - top)), (total_o * a).astype(F32)
     return (total_o / total_l).astype(F32), F32(total_m + log2(total_l))
 
 
@@ -54,16 +61,25 @@ def _visible(position: int, length: int, causal: bool, window: int) -> tuple[int
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, scale: float, causal: bool = True, window: int = 0, before: int = 0
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    before: int = 0,
+    sinks: Array | None = None,
 ) -> tuple[Array, Array]:
-    """One sequence: q [n, H, D] at positions ``before + i``, k, v [m, Hk, D]. (bf16 output, lse [n, H])."""
+    """One sequence: q [n, H, D] at positions ``before + i``, k [m, Hk, D], v [m, Hk, Dv]. (bf16 output, lse [n, H])."""
     n, heads, _ = q.shape
     group = heads // k.shape[1]
     out, lse = np.empty((n, heads, v.shape[2]), dtype=F32), np.empty((n, heads), dtype=F32)
     for i in range(n):
         begin, end = _visible(before + i, k.shape[0], causal, window)
         for h in range(heads):
-            out[i, h], lse[i, h] = attend_row(q[i, h], k[:, h // group], v[:, h // group], begin, end, scale)
+            sink = None if sinks is None else sinks[h]
+            out[i, h], lse[i, h] = attend_row(q[i, h], k[:, h // group], v[:, h // group], begin, end, scale, sink)
     return bf16(out), lse
 
 
@@ -88,7 +104,8 @@ def attention_backward(
         begin, end = _visible(i, n, causal, window)
         for h in range(heads):
             kv, see = h // group, slice(begin, end)
-            p, ds = _score_gradients(q[i, h], k[see, kv], v[see, kv], out[i, h], lse[i, h], dout[i, h], c, scale)
+            delta = _delta(out[i, h], dout[i, h])
+            p, ds = _score_gradients(q[i, h], k[see, kv], v[see, kv], delta, lse[i, h], dout[i, h], c, scale)
             for j in range(begin, end):
                 dq[i, h] = fma(ds[j - begin], k[j, kv], dq[i, h])
             dk[see, kv] = fma(ds[:, None], q[i, h][None], dk[see, kv])
@@ -96,12 +113,26 @@ def attention_backward(
     return bf16(dq), bf16(dk), bf16(dv)
 
 
-def _score_gradients(
-    q: Array, k: Array, v: Array, out: Array, lse: F32, dout: Array, c: F32, scale: float
-) -> tuple[Array, Array]:
+def sink_gradient(out: Array, lse: Array, dout: Array, sinks: Array) -> Array:
+    """dsinks [H] of packed sequences out, dout [T, H, Dv], lse [T, H]: over ascending tokens."""
+    total = np.zeros(len(sinks), dtype=F32)
+    for t in range(len(out)):
+        for h in range(len(sinks)):
+            p = exp2(F32(F32(sinks[h]) * LOG2E - lse[t, h]))
+            total[h] = total[h] - F32(p * _delta(out[t, h], dout[t, h]))
+    return total
+
+
+def _delta(out: Array, dout: Array) -> Any:
     delta: Any = F32(0)
     for d in range(out.shape[0]):
         delta = fma(dout[d], out[d], delta)
+    return delta
+
+
+def _score_gradients(
+    q: Array, k: Array, v: Array, delta: F32, lse: F32, dout: Array, c: F32, scale: float
+) -> tuple[Array, Array]:
     p = exp2(((_dot(q, k) * c).astype(F32) - lse).astype(F32))
     ds = ((p * (_dot(dout, v) - delta).astype(F32)).astype(F32) * F32(scale)).astype(F32)
     return p, ds

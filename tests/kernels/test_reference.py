@@ -1,5 +1,7 @@
 """Every compiled op equals the scalar-order reference in every byte, on every instruction set, forward and backward."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -201,28 +203,65 @@ def test_silu_and_mul(isa, rows, n, kind, weighted):
         assert_same_bits(dw[0], expected[1], "drow_weight")
 
 
-@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 3, 1), (80, 2, 2), (128, 16, 1)])
-@pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 5), (False, 0)])
-def test_attention_varlen(isa, dim, heads, kv_heads, causal, window):
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "heads", "kv_heads"),
+    [(64, 64, 3, 1), (80, 80, 2, 2), (96, 96, 4, 1), (128, 128, 16, 1), (192, 128, 2, 1)],
+)
+@pytest.mark.parametrize(("causal", "window", "sink"), [(True, 0, False), (True, 5, True), (False, 0, False)])
+def test_attention_varlen(isa, dim, v_dim, heads, kv_heads, causal, window, sink):
     lengths = [1, 13, 0, 70] if (dim, heads, window) == (64, 3, 0) else [1, 9]
     cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     total, scale = sum(lengths), dim**-0.5
-    q = hashed(total, heads, dim, seed=1).requires_grad_()
-    k, v = (
-        hashed(total, kv_heads, dim, seed=s, kind=kind).requires_grad_() for s, kind in ((2, "plain"), (3, "cancel"))
+    q, k, v = (
+        hashed(total, h, d, seed=s, kind=kind).requires_grad_()
+        for h, d, s, kind in ((heads, dim, 1, "plain"), (kv_heads, dim, 2, "wide"), (kv_heads, v_dim, 3, "cancel"))
     )
-    out = kernels.attention_varlen(q, k, v, cu, scale=scale, causal=causal, window=window or None)
-    dout, grads = gradients(out, q, k, v)
-    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+    sinks = hashed(heads, seed=4).requires_grad_() if sink else None
+    out = kernels.attention_varlen(q, k, v, cu, scale=scale, causal=causal, window=window or None, sinks=sinks)
+    dout, grads = gradients(out, *(t for t in (q, k, v, sinks) if t is not None))
+    lses = []
+    for a, b in itertools.pairwise(cu.tolist()):
         if a == b:
             continue
         part = [f32(t[a:b]) for t in (q, k, v)]
         options = {"scale": scale, "causal": causal, "window": window}
-        expected, lse = ref_attention.attention(*part, **options)
+        expected, lse = ref_attention.attention(*part, **options, sinks=f32(sinks) if sink else None)
         assert_same_bits(out[a:b], expected, "out")
+        lses.append(lse)
         backward = ref_attention.attention_backward(*part, expected, lse, f32(dout[a:b]), **options)
-        for name, got, want in zip(("dq", "dk", "dv"), grads, backward, strict=True):
+        for name, got, want in zip(("dq", "dk", "dv"), grads, backward, strict=False):
             assert_same_bits(got[a:b], want, name)
+    if sink:
+        want = ref_attention.sink_gradient(f32(out), np.concatenate(lses), f32(dout), f32(sinks))
+        assert_same_bits(grads[3], arith.bf16(want), "dsinks")
+
+
+@pytest.mark.parametrize("kind", ["wide", "tiny"])
+def test_attention_products_flush_as_linear_does(isa, kind):
+    """Scores follow R1 into subnormals: exact zeros where single fmas would keep a trace."""
+    q, k, v = (hashed(9, 1, 64, seed=s, kind=kind) for s in (1, 2, 3))
+    out = kernels.attention_varlen(q, k, v, torch.tensor([0, 9], dtype=torch.int32), scale=1.0)
+    assert_same_bits(out, ref_attention.attention(f32(q), f32(k), f32(v), scale=1.0)[0], "out")
+
+
+def test_attention_gradients_against_float64(isa):
+    """Sinks, window and grouped heads: autograd of the same function in float64."""
+    n, heads, window = 40, 4, 16
+    leaves = [hashed(n, h, 64, seed=s).requires_grad_() for h, s in ((heads, 1), (2, 2), (2, 3))]
+    leaves.append(hashed(heads, seed=4).requires_grad_())
+    cu = torch.tensor([0, n], dtype=torch.int32)
+    out = kernels.attention_varlen(*leaves[:3], cu, scale=0.3, window=window, sinks=leaves[3])
+    q, k, v, sinks = wide = [t.detach().double().requires_grad_() for t in leaves]
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, 1)) * 0.3
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    p = torch.softmax(torch.cat([scores, sinks[:, None, None].expand(heads, n, 1)], -1), -1)[..., :-1]
+    expected = torch.einsum("hij,jhd->ihd", p, v.repeat_interleave(2, 1))
+    assert (out.double() - expected).abs().max() < 2**-8 * 1.5
+    dout = hashed(n, heads, 64, seed=9)
+    got, want = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(expected, wide, dout.double())
+    for name, a, b in zip(("dq", "dk", "dv", "dsinks"), got, want, strict=True):
+        assert (a.double() - b).abs().max() < 0.02 * b.abs().max(), name
 
 
 def test_attention_across_segments(isa):

@@ -93,10 +93,24 @@ def test_prefill_chunks_decode_and_prefix_hits_agree(page, n):
     whole = kernels.attention_varlen(q, k, v, torch.tensor([0, n], dtype=torch.int32), scale=scale)
     k_cache, v_cache, table = paged(k, v, page, shuffle=n)
 
-    def call(begin, end):
-        lens, queries = torch.tensor([end], dtype=torch.int32), torch.tensor([end - begin], dtype=torch.int32)
-        return kernels.attention_paged(q[begin:end], k_cache, v_cache, table, lens, queries, scale=scale)
+    check_calls_agree(n, whole, lambda begin, end: page_call(q, k_cache, v_cache, table, begin, end, scale=scale))
 
+
+@pytest.mark.parametrize("n", [1, 65, 1025])
+def test_windows_sinks_and_unequal_head_dims_agree_too(n):
+    q, k, v = hashed(n, 4, 192, seed=1), hashed(n, 2, 192, seed=2), hashed(n, 2, 128, seed=3, kind="cancel")
+    options = {"scale": 0.07, "window": 100, "sinks": hashed(4, seed=4)}
+    whole = kernels.attention_varlen(q, k, v, torch.tensor([0, n], dtype=torch.int32), **options)
+    k_cache, v_cache, table = paged(k, v, 16, shuffle=n)
+    check_calls_agree(n, whole, lambda begin, end: page_call(q, k_cache, v_cache, table, begin, end, **options))
+
+
+def page_call(q, k_cache, v_cache, table, begin, end, **options):
+    lens, queries = torch.tensor([end], dtype=torch.int32), torch.tensor([end - begin], dtype=torch.int32)
+    return kernels.attention_paged(q[begin:end], k_cache, v_cache, table, lens, queries, **options)
+
+
+def check_calls_agree(n, whole, call):
     assert_same_bits(call(0, n), whole, "one prefill")
     cuts = [0, *sorted({min(n, c) for c in (1, 37, 64, 65, 500, 1024)}), n]
     chunks = [call(a, b) for a, b in itertools.pairwise(cuts) if b > a]

@@ -1,0 +1,52 @@
+"""R2 over ranks: tensor parallel 1, 2, 4 and 8 give the bits of one rank."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data import assert_same_bits, hashed
+
+from zerokl import kernels
+
+SCRIPT = Path(__file__).with_name("collective_ranks.py")
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4, 8])
+def ranks(request, tmp_path_factory):
+    """What every rank got, in rank order."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-P", str(SCRIPT)]
+    # the script's own folder holds its data module
+    environment = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    processes = [
+        subprocess.Popen([*command, str(r), str(request.param), str(folder)], env=environment, stderr=subprocess.PIPE)
+        for r in range(request.param)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    return [np.load(folder / f"{r}.npz") for r in range(request.param)]
+
+
+def test_every_rank_holds_the_bits_of_one_rank(ranks):
+    width = 48
+    x = hashed(11, width, seed=1, kind="cancel").requires_grad_()
+    w = hashed(9, width, seed=2, kind="wide")
+    whole = kernels.linear(x, w, segments=8, out_dtype=torch.float32)
+    whole.backward(hashed(11, 9, seed=3).float())
+    for r, got in enumerate(ranks):
+        assert_same_bits(got["total"], whole, f"rank {r} of {len(ranks)}")
+    assert_same_bits(np.concatenate([got["dx"] for got in ranks], 1), x.grad, "dx")
+
+
+def test_the_tree_is_not_just_any_order():
+    """The check can fail: adding the eight segments in ascending order gives other bits."""
+    x, w = hashed(11, 48, seed=1, kind="cancel"), hashed(9, 48, seed=2, kind="wide")
+    parts = [
+        kernels.linear(a.contiguous(), b.contiguous(), out_dtype=torch.float32)
+        for a, b in zip(x.split(6, 1), w.split(6, 1), strict=True)
+    ]
+    assert (sum(parts[1:], parts[0]) != kernels.linear(x, w, segments=8, out_dtype=torch.float32)).any()
