@@ -91,16 +91,26 @@ AttentionShape shape_of(const Tensor& q, int64_t kv_heads, int64_t v_dim, double
   return {q.size(1), kv_heads, q.size(2), v_dim, float(scale), causal, window, data<float>(sinks)};
 }
 
+// The number of sequences that cu_seqlens cuts `tokens` into.
+int64_t sequences_of(const Tensor& cu_seqlens, int64_t tokens) {
+  const int32_t* ends = data<int32_t>(cu_seqlens);
+  const int64_t count = cu_seqlens.numel() - 1;
+  bool ascending = ends[0] == 0 && ends[count] == tokens;
+  for (int64_t b = 0; b < count; b++) ascending = ascending && ends[b] <= ends[b + 1];
+  STD_TORCH_CHECK(ascending, "zerokl.kernels.attention_varlen: cu_seqlens must ascend from 0 to ", tokens);
+  return count;
+}
+
 void op_attention_varlen(const Tensor q, const Tensor k, const Tensor v, const Tensor cu_seqlens, double scale, bool causal, int64_t window,
                          const Optional sinks, const Tensor out, const Tensor lse) {
-  ZEROKL_CALL(attention_varlen, shape_of(q, k.size(1), v.size(2), scale, causal, window, sinks), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
+  ZEROKL_CALL(attention_varlen, shape_of(q, k.size(1), v.size(2), scale, causal, window, sinks), sequences_of(cu_seqlens, q.size(0)), data<int32_t>(cu_seqlens),
               data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out), data<float>(lse));
 }
 
 void op_attention_backward(const Tensor q, const Tensor k, const Tensor v, const Tensor cu_seqlens, double scale, bool causal, int64_t window,
                            const Optional sinks, const Tensor out, const Tensor lse, const Tensor dout, const Tensor dq, const Tensor dk,
                            const Tensor dv, const Optional dsink_rows, const Optional dsinks) {
-  ZEROKL_CALL(attention_backward, shape_of(q, k.size(1), v.size(2), scale, causal, window, sinks), cu_seqlens.numel() - 1, data<int32_t>(cu_seqlens),
+  ZEROKL_CALL(attention_backward, shape_of(q, k.size(1), v.size(2), scale, causal, window, sinks), sequences_of(cu_seqlens, q.size(0)), data<int32_t>(cu_seqlens),
               data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out), data<float>(lse), data<uint16_t>(dout),
               data<uint16_t>(dq), data<uint16_t>(dk), data<uint16_t>(dv), data<float>(dsink_rows), data<float>(dsinks));
 }
@@ -129,6 +139,15 @@ Sampling sampling_of(const Tensor& temperature, const Tensor& top_p, const Tenso
   return {data<float>(temperature), data<float>(top_p), data<int32_t>(top_k)};
 }
 
+// `greedy`: temperature 0 is allowed.
+void check_sampling(const char* op, const Sampling& p, int64_t rows, bool greedy) {
+  for (int64_t r = 0; r < rows; r++) {
+    STD_TORCH_CHECK(p.temperature[r] > 0 || (greedy && p.temperature[r] == 0), "zerokl.kernels.", op, ": temperature ", p.temperature[r],
+                    " of row ", r, greedy ? " must not be negative" : " must be positive; score greedy tokens at temperature 1");
+    STD_TORCH_CHECK(p.top_p[r] > 0 && p.top_p[r] <= 1, "zerokl.kernels.", op, ": top_p ", p.top_p[r], " of row ", r, " must lie in (0, 1]");
+  }
+}
+
 // state [rows, 2] fp32 (maximum, sum), cut [rows] fp32, cut_index [rows]: what the backward needs.
 void write_scores(const std::vector<RowScore>& scores, const Tensor& logprob, const Optional& entropy, const Optional& state,
                   const Optional& cut, const Optional& cut_index) {
@@ -149,9 +168,11 @@ void op_selected_logprob(const Tensor hidden, const Tensor w, const Tensor targe
                          const Tensor top_k, const Tensor logprob, const Optional entropy, const Tensor state, const Tensor cut,
                          const Tensor cut_index) {
   const Hidden h = hidden_of(hidden, w);
+  const Sampling p = sampling_of(temperature, top_p, top_k);
   check_ids(targets, h.vocab);
+  check_sampling("selected_logprob", p, h.rows, false);
   std::vector<RowScore> scores(static_cast<size_t>(h.rows));
-  score(h, sampling_of(temperature, top_p, top_k), data<int64_t>(targets), entropy.has_value(), scores.data());
+  score(h, p, data<int64_t>(targets), entropy.has_value(), scores.data());
   write_scores(scores, logprob, entropy, state, cut, cut_index);
 }
 
@@ -169,6 +190,7 @@ void op_logprob_from_logits(const Tensor logits, const Tensor targets, const Ten
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   check_ids(targets, vocab);
   const Sampling p = sampling_of(temperature, top_p, top_k);
+  check_sampling("logprob_from_logits", p, rows, false);
   std::vector<RowScore> scores(static_cast<size_t>(rows));
   const float* z = data<float>(logits);
   const int64_t* target = data<int64_t>(targets);
@@ -182,7 +204,9 @@ void op_logprob_from_logits(const Tensor logits, const Tensor targets, const Ten
 
 void op_sample(const Tensor logits, const Tensor temperature, const Tensor top_p, const Tensor top_k, const Tensor seed, const Tensor position,
                const Tensor token, const Tensor logprob, const Tensor raw_logprob) {
-  sample_rows(logits.size(0), logits.size(1), data<float>(logits), sampling_of(temperature, top_p, top_k), data<int64_t>(seed),
+  const Sampling p = sampling_of(temperature, top_p, top_k);
+  check_sampling("sample", p, logits.size(0), true);
+  sample_rows(logits.size(0), logits.size(1), data<float>(logits), p, data<int64_t>(seed),
               data<int64_t>(position), data<int64_t>(token), data<float>(logprob), data<float>(raw_logprob));
 }
 

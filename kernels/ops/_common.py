@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+_NAMESPACE = "zerokl::"
 _LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 
 
-def load_library() -> None:
-    """Load the compiled operators. Raises ImportError if they were not built."""
+def load_library() -> SimpleNamespace:
+    """Load the compiled operators and return them by name. Raises ImportError if they were not built.
+
+    Resolving the overloads once saves half of a call's overhead. Every op writes into tensors it is given, so its fake
+    (what torch.compile traces) does nothing.
+    """
     if not _LIBRARY.exists():
         raise ImportError(
             "zerokl's compiled operators are missing; build them with `make install` (or `pip install -e .`)"
         )
     torch.ops.load_library(str(_LIBRARY))
+    names = [n.removeprefix(_NAMESPACE) for n in torch._C._dispatch_get_all_op_names() if n.startswith(_NAMESPACE)]
+    for name in names:
+        if name != "set_isa":  # a test hook that takes no tensor
+            torch.library.register_fake(_NAMESPACE + name, lambda *_: None)
+    return SimpleNamespace(**{name: getattr(torch.ops.zerokl, name).default for name in names})
 
 
-class _Operators:
-    """The compiled operators by name. Resolving the overload once saves half of a call's overhead."""
-
-    def __getattr__(self, name: str) -> Any:
-        overload = getattr(torch.ops.zerokl, name).default
-        setattr(self, name, overload)
-        return overload
-
-
-load_library()
-ops = _Operators()
+ops: Any = load_library()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def attention_varlen(
         bf16 [T, H, Dv]; the same bits as :func:`attention_paged` on the same keys.
 
     Raises:
-        ValueError: unsupported dtype, shape or option.
+        ValueError: unsupported dtype, shape or option. RuntimeError: cu_seqlens that do not ascend from 0 to T.
     """
     op = "attention_varlen"
     check_bf16(op, q=q, k=k, v=v)
@@ -97,12 +96,7 @@ def attention_varlen(
     )
     width, sinks = _options(op, q, k.shape[1], k.shape[2], window, sinks)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    ends = cu.tolist()
-    check(
-        len(ends) >= 1 and ends[0] == 0 and ends[-1] == q.shape[0] and all(a <= b for a, b in itertools.pairwise(ends)),
-        op,
-        f"cu_seqlens must ascend from 0 to {q.shape[0]}",
-    )
+    check(cu.dim() == 1 and cu.numel() >= 1, op, f"cu_seqlens {tuple(cu.shape)} must be [B + 1]")
     return _AttentionVarlen.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu, scale, causal, width, sinks)
 
 

@@ -55,11 +55,6 @@ class _SelectedLogprob(torch.autograd.Function):
         )
 
 
-def _check_sampling(op: str, temperature: torch.Tensor, top_p: torch.Tensor) -> None:
-    check(bool((temperature > 0).all()), op, "temperature must be positive; score greedy tokens at temperature 1")
-    check(bool(((top_p > 0) & (top_p <= 1)).all()), op, "top_p must lie in (0, 1]")
-
-
 def selected_logprob(
     hidden: torch.Tensor,
     w: torch.Tensor,
@@ -87,7 +82,8 @@ def selected_logprob(
         A target outside the kept set gets -inf.
 
     Raises:
-        ValueError: unsupported dtype, shape or range. RuntimeError: a target outside [0, V).
+        ValueError: unsupported dtype or shape. RuntimeError: a target outside [0, V), a temperature that is not
+        positive (score greedy tokens at temperature 1), a top_p outside (0, 1].
     """
     op = "selected_logprob"
     check_bf16(op, hidden=hidden, w=w)
@@ -103,7 +99,6 @@ def selected_logprob(
         per_row(top_p, rows, torch.float32, op, "top_p"),
         per_row(top_k, rows, torch.int32, op, "top_k"),
     )
-    _check_sampling(op, t, p)
     return SelectedLogprob(
         *_SelectedLogprob.apply(hidden.contiguous(), w, targets.to(torch.int64).contiguous(), t, p, k, entropy)
     )
@@ -131,7 +126,6 @@ def logprob_from_logits(
         per_row(top_p, rows, torch.float32, op, "top_p"),
         per_row(top_k, rows, torch.int32, op, "top_k"),
     )
-    _check_sampling(op, t, p)
     out = torch.empty(rows, dtype=torch.float32)
     ops.logprob_from_logits(logits.contiguous(), targets.to(torch.int64).contiguous(), t, p, k, out, None)
     return out

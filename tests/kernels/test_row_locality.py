@@ -193,7 +193,7 @@ def test_fp32_torch_is_the_negative_control():
 
 
 def test_errors_name_op_argument_and_support():
-    x, w = hashed(4, 8, seed=1), hashed(3, 8, seed=2)
+    x, w, seeds = hashed(4, 8, seed=1), hashed(3, 8, seed=2), torch.arange(4)
     for call, words in (
         (lambda: kernels.linear(x.float(), w), ["linear", "x is torch.float32", "bfloat16"]),
         (lambda: kernels.linear(x[:, :7], w), ["linear", "does not fit"]),
@@ -201,6 +201,8 @@ def test_errors_name_op_argument_and_support():
         (lambda: kernels.rms_norm(x, w, 1e-5), ["rms_norm", "does not fit"]),
         (lambda: kernels.silu_and_mul(x[:, :7]), ["silu_and_mul"]),
         (lambda: kernels.selected_logprob(x, w, torch.zeros(4), temperature=0.0), ["temperature"]),
+        (lambda: kernels.sample(x.float(), seed=seeds, position=seeds, temperature=-1.0), ["sample", "temperature"]),
+        (lambda: kernels.sample(x.float(), seed=seeds, position=seeds, top_p=0.0), ["sample", "top_p"]),
         (
             lambda: kernels.attention_varlen(x[:, None], x[:, None], x[:, None], torch.tensor([0, 3]), scale=1.0),
             ["cu_seqlens"],
@@ -212,7 +214,7 @@ def test_errors_name_op_argument_and_support():
             ["sinks"],
         ),
     ):
-        with pytest.raises(ValueError, match=r"zerokl\.kernels") as error:
+        with pytest.raises((ValueError, RuntimeError), match=r"zerokl\.kernels") as error:
             call()
         for word in words:
             assert word in str(error.value)
