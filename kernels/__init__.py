@@ -4,7 +4,7 @@ from .ops.activation import silu_and_mul
 from .ops.attention import attention_paged, attention_varlen
 from .ops.collective import tree_all_reduce
 from .ops.linear import embedding, linear
-from .ops.logprob import SelectedLogprob, logprob_from_logits, selected_logprob
+from .ops.logprob import SelectedLogprob, logprob_from_logits, selected_logprob, vocabulary_share
 from .ops.moe import Groups, Permutation, Routing, grouped_linear, moe_combine, moe_permute, router_topk
 from .ops.norm import rms_norm
 from .ops.rotary import rotary, rotary_table
@@ -32,4 +32,5 @@ __all__ = [
     "selected_logprob",
     "silu_and_mul",
     "tree_all_reduce",
+    "vocabulary_share",
 ]

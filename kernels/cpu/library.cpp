@@ -162,12 +162,20 @@ void write_scores(const std::vector<RowScore>& scores, const Tensor& logprob, co
   }
 }
 
-Hidden hidden_of(const Tensor& x, const Tensor& w) { return {x.size(0), x.size(1), w.size(0), data<uint16_t>(x), data<uint16_t>(w)}; }
+// The head of rank `rank` of `ranks` that share a vocabulary of `total`.
+Hidden hidden_of(const Tensor& x, const Tensor& w, int64_t total, int64_t rank, int64_t ranks) {
+  STD_TORCH_CHECK(ranks > 0 && kVocabSegments % ranks == 0 && rank >= 0 && rank < ranks, "zerokl.kernels.selected_logprob: rank ", rank, " of ",
+                  ranks, "; supported: 1, 2, 4 or ", kVocabSegments, " ranks");
+  const Vocabulary v{total, rank * (kVocabSegments / ranks), kVocabSegments / ranks};
+  STD_TORCH_CHECK(v.column(v.end()) - v.column(v.first) == w.size(0), "zerokl.kernels.selected_logprob: w has ", w.size(0), " rows, rank ", rank,
+                  " of ", ranks, " holds ", v.column(v.end()) - v.column(v.first), " of a vocabulary of ", total);
+  return {x.size(0), x.size(1), w.size(0), data<uint16_t>(x), data<uint16_t>(w), v};
+}
 
 void op_selected_logprob(const Tensor hidden, const Tensor w, const Tensor targets, const Tensor temperature, const Tensor top_p,
                          const Tensor top_k, const Tensor logprob, const Optional entropy, const Tensor state, const Tensor cut,
                          const Tensor cut_index) {
-  const Hidden h = hidden_of(hidden, w);
+  const Hidden h = hidden_of(hidden, w, w.size(0), 0, 1);
   const Sampling p = sampling_of(temperature, top_p, top_k);
   check_ids(targets, h.vocab);
   check_sampling("selected_logprob", p, h.rows, false);
@@ -177,12 +185,42 @@ void op_selected_logprob(const Tensor hidden, const Tensor w, const Tensor targe
 }
 
 void op_selected_logprob_backward(const Tensor hidden, const Tensor w, const Tensor targets, const Tensor temperature, const Tensor state,
-                                  const Tensor cut, const Tensor cut_index, const Tensor grad, const Optional dhidden, const Optional dw) {
-  const Hidden h = hidden_of(hidden, w);
+                                  const Tensor cut, const Tensor cut_index, int64_t total, int64_t rank, int64_t ranks, const Tensor grad,
+                                  const Optional dhidden, const Optional dw) {
+  const Hidden h = hidden_of(hidden, w, total, rank, ranks);
   std::vector<RowScore> scores(static_cast<size_t>(h.rows));
   const float *s = data<float>(state), *c = data<float>(cut);
   for (int64_t r = 0; r < h.rows; r++) scores[static_cast<size_t>(r)] = {0.0f, s[2 * r], s[2 * r + 1], 0.0f, {c[r], data<int64_t>(cut_index)[r]}};
   score_backward(h, data<float>(temperature), data<int64_t>(targets), scores.data(), data<float>(grad), data<float>(dhidden), data<float>(dw));
+}
+
+// sums [rows, segments held, 3]: maximum, sum, moment.
+void op_logprob_segments(const Tensor hidden, const Tensor w, const Tensor targets, const Tensor temperature, int64_t total, int64_t rank,
+                         int64_t ranks, bool moment, const Tensor sums, const Tensor hit) {
+  const Hidden h = hidden_of(hidden, w, total, rank, ranks);
+  check_ids(targets, total);
+  for (int64_t r = 0; r < h.rows; r++)
+    STD_TORCH_CHECK(data<float>(temperature)[r] > 0, "zerokl.kernels.selected_logprob: temperature of row ", r, " must be positive");
+  std::vector<RowSum> rows(static_cast<size_t>(h.rows));
+  score_segments(h, data<float>(temperature), data<int64_t>(targets), moment, rows.data(), data<float>(hit));
+  float* out = data<float>(sums);
+  for (const RowSum& row : rows)
+    for (int64_t g = h.vocabulary.first; g < h.vocabulary.end(); g++) {
+      *out++ = row.maximum[g];
+      *out++ = row.sum[g];
+      *out++ = row.moment[g];
+    }
+}
+
+void op_logprob_merge(const Tensor sums, const Tensor hit, const Tensor logprob, const Optional entropy, const Tensor state) {
+  const float* in = data<float>(sums);
+  std::vector<RowScore> scores;
+  for (int64_t r = 0; r < hit.numel(); r++) {
+    RowSum row;
+    for (int64_t g = 0; g < kVocabSegments; g++, in += 3) row.maximum[g] = in[0], row.sum[g] = in[1], row.moment[g] = in[2];
+    scores.push_back(finish_score(row, data<float>(hit)[r], entropy.has_value()));
+  }
+  write_scores(scores, logprob, entropy, state, std::nullopt, std::nullopt);
 }
 
 void op_logprob_from_logits(const Tensor logits, const Tensor targets, const Tensor temperature, const Tensor top_p, const Tensor top_k,
@@ -236,7 +274,9 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor? sinks, Tensor out, Tensor lse, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dsink_rows, Tensor(e!)? dsinks) -> ()");
   m.def("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor q_lens, float scale, int window, Tensor? sinks, Tensor(a!) out) -> ()");
   m.def("selected_logprob(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy, Tensor(c!) state, Tensor(d!) cut, Tensor(e!) cut_index) -> ()");
-  m.def("selected_logprob_backward(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor state, Tensor cut, Tensor cut_index, Tensor grad, Tensor(a!)? dhidden, Tensor(b!)? dw) -> ()");
+  m.def("selected_logprob_backward(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, Tensor state, Tensor cut, Tensor cut_index, int total, int rank, int ranks, Tensor grad, Tensor(a!)? dhidden, Tensor(b!)? dw) -> ()");
+  m.def("logprob_segments(Tensor hidden, Tensor w, Tensor targets, Tensor temperature, int total, int rank, int ranks, bool moment, Tensor(a!) sums, Tensor(b!) hit) -> ()");
+  m.def("logprob_merge(Tensor sums, Tensor hit, Tensor(a!) logprob, Tensor(b!)? entropy, Tensor(c!) state) -> ()");
   m.def("logprob_from_logits(Tensor logits, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy) -> ()");
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor top_k, Tensor seed, Tensor position, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) raw_logprob) -> ()");
   m.def("exp2(Tensor x, Tensor(a!) y) -> ()");
@@ -261,6 +301,8 @@ STABLE_TORCH_LIBRARY_IMPL(zerokl, CPU, m) {
   m.impl("attention_paged", TORCH_BOX(&op_attention_paged));
   m.impl("selected_logprob", TORCH_BOX(&op_selected_logprob));
   m.impl("selected_logprob_backward", TORCH_BOX(&op_selected_logprob_backward));
+  m.impl("logprob_segments", TORCH_BOX(&op_logprob_segments));
+  m.impl("logprob_merge", TORCH_BOX(&op_logprob_merge));
   m.impl("logprob_from_logits", TORCH_BOX(&op_logprob_from_logits));
   m.impl("sample", TORCH_BOX(&op_sample));
   m.impl("exp2", TORCH_BOX(&op_exp2));

@@ -16,23 +16,20 @@ constexpr int64_t kRowBlock = 240;                    // rows that share one pas
 constexpr int64_t kFullRowBytes = int64_t(16) << 20;  // top-p / top-k need whole rows: this much of them at a time
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-int64_t segment_width(int64_t vocab) { return (vocab + kVocabSegments - 1) / kVocabSegments; }
-
 // Buffers that live as long as a call.
 using Floats = std::vector<float>;
 
 RowSum sum_of(int64_t vocab, const float* z, bool moment) {
   RowSum s;
-  const int64_t width = segment_width(vocab);
-  for (int64_t g = 0; g < kVocabSegments; g++) {
-    const int64_t first = std::min(g * width, vocab), n = std::min(width, vocab - first);
-    s.segment(g, n, z + first, moment);
-  }
+  const Vocabulary v{vocab, 0, kVocabSegments};
+  for (int64_t g = 0; g < kVocabSegments; g++) s.segment(g, v.size(g), z + v.column(g), moment);
   s.merge();
   return s;
 }
 
 }  // namespace
+
+RowSum::RowSum() { std::fill(maximum, maximum + kVocabSegments, -kInf); }
 
 void RowSum::segment(int64_t g, int64_t n, const float* z, bool with_moment) {
   ZEROKL_CALL(row_sum, n, z, maximum + g, sum + g, with_moment ? moment + g : nullptr);
@@ -91,60 +88,77 @@ static void score_filtered(const Hidden& h, const Sampling& p, const int64_t* ta
   }
 }
 
-void score(const Hidden& h, const Sampling& p, const int64_t* targets, bool entropy, RowScore* out) {
-  if (p.filters(h.rows, h.vocab)) return score_filtered(h, p, targets, entropy, out);
-  const int64_t width = segment_width(h.vocab);
-  Floats logits(static_cast<size_t>(std::min(kRowBlock, h.rows) * width));
+void score_segments(const Hidden& h, const float* temperature, const int64_t* targets, bool entropy, RowSum* sums, float* hit) {
+  const Vocabulary& v = h.vocabulary;
+  Floats logits(static_cast<size_t>(std::min(kRowBlock, h.rows) * v.width()));
+  std::fill(hit, hit + h.rows, 0.0f);
   for (int64_t first = 0; first < h.rows; first += kRowBlock) {
     const int64_t rows = std::min(kRowBlock, h.rows - first);
-    std::vector<RowSum> sums(static_cast<size_t>(rows));
-    Floats hit(static_cast<size_t>(rows));
-    for (int64_t g = 0; g < kVocabSegments; g++) {
-      const int64_t begin = std::min(g * width, h.vocab), n = std::min(width, h.vocab - begin);
-      if (n > 0) ZEROKL_CALL(fp32_gemm, rows, n, h.width, h.x + first * h.width, h.w + begin * h.width, logits.data());
+    for (int64_t g = v.first; g < v.end(); g++) {
+      const int64_t n = v.size(g);
+      if (n > 0) ZEROKL_CALL(fp32_gemm, rows, n, h.width, h.x + first * h.width, h.head(g), logits.data());
       parallel_for(rows, [&](int64_t r) {
         float* z = logits.data() + r * n;
-        ZEROKL_CALL(row_scale, n, z, p.temperature[first + r], z);
-        sums[static_cast<size_t>(r)].segment(g, n, z, entropy);
-        const int64_t target = targets[first + r] - begin;
-        if (target >= 0 && target < n) hit[static_cast<size_t>(r)] = z[target];
+        const int64_t row = first + r, target = targets[row] - v.column(g);
+        ZEROKL_CALL(row_scale, n, z, temperature[row], z);
+        sums[row].segment(g, n, z, entropy);
+        if (target >= 0 && target < n) hit[row] = z[target];
       });
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      RowSum& s = sums[static_cast<size_t>(r)];
-      s.merge();
-      out[first + r] = {ZEROKL_CALL(selected, hit[static_cast<size_t>(r)], s.maximum[0], s.sum[0]), s.maximum[0], s.sum[0],
-                        entropy ? ZEROKL_CALL(entropy, s.sum[0], s.moment[0]) : 0.0f, Cut{-kInf, h.vocab}};
     }
   }
 }
 
-// Recomputes the logits segment by segment, turns them into their bf16 gradient, and multiplies on:
-// dh over ascending vocabulary, dw over ascending tokens, both one fp32 chain.
+RowScore finish_score(RowSum s, float hit, bool entropy) {
+  s.merge();
+  return {ZEROKL_CALL(selected, hit, s.maximum[0], s.sum[0]), s.maximum[0], s.sum[0],
+          entropy ? ZEROKL_CALL(entropy, s.sum[0], s.moment[0]) : 0.0f, Cut{-kInf, 0}};
+}
+
+void score(const Hidden& h, const Sampling& p, const int64_t* targets, bool entropy, RowScore* out) {
+  if (p.filters(h.rows, h.vocab)) return score_filtered(h, p, targets, entropy, out);
+  std::vector<RowSum> sums(static_cast<size_t>(h.rows));
+  Floats hit(static_cast<size_t>(h.rows));
+  score_segments(h, p.temperature, targets, entropy, sums.data(), hit.data());
+  for (int64_t r = 0; r < h.rows; r++) out[r] = finish_score(sums[static_cast<size_t>(r)], hit[static_cast<size_t>(r)], entropy);
+}
+
+// out = the balanced fp32 tree over `count` (a power of two) neighbouring parts of n numbers each.
+static void add_parts(int64_t count, int64_t n, float* parts, float* out) {
+  for (int64_t half = 1; half < count; half *= 2)
+    for (int64_t g = 0; g + half < count; g += 2 * half) {
+      float *a = parts + g * n, *b = parts + (g + half) * n;
+      for (int64_t i = 0; i < n; i++) a[i] = a[i] + b[i];
+    }
+  std::copy(parts, parts + n, out);
+}
+
+// Recomputes the logits segment by segment, turns them into their bf16 gradient, and multiplies on: dw over ascending
+// tokens, dh over each segment's ascending vocabulary, the segments added as a tree.
 void score_backward(const Hidden& h, const float* temperature, const int64_t* targets, const RowScore* scores, const float* grad, float* dh,
                     float* dw) {
-  const int64_t width = segment_width(h.vocab);
-  Floats logits(static_cast<size_t>(std::min(kRowBlock, h.rows) * width));
+  const Vocabulary& v = h.vocabulary;
+  const int64_t most = std::min(kRowBlock, h.rows);
+  Floats logits(static_cast<size_t>(most * v.width())), parts(dh ? static_cast<size_t>(v.count * most * h.width) : 0);
   std::vector<uint16_t> gradient(logits.size());
   for (int64_t first = 0; first < h.rows; first += kRowBlock) {
     const int64_t rows = std::min(kRowBlock, h.rows - first);
     const uint16_t* x = h.x + first * h.width;
-    for (int64_t g = 0; g < kVocabSegments; g++) {
-      const int64_t begin = std::min(g * width, h.vocab), n = std::min(width, h.vocab - begin);
-      if (n == 0) continue;
-      const uint16_t* w = h.w + begin * h.width;
-      ZEROKL_CALL(fp32_gemm, rows, n, h.width, x, w, logits.data());
+    for (int64_t g = v.first; g < v.end(); g++) {
+      const int64_t n = v.size(g);
+      const uint16_t* w = h.head(g);
+      if (n > 0) ZEROKL_CALL(fp32_gemm, rows, n, h.width, x, w, logits.data());
       parallel_for(rows, [&](int64_t r) {
         float* z = logits.data() + r * n;
         const int64_t row = first + r;
         const RowScore& s = scores[row];
         ZEROKL_CALL(row_scale, n, z, temperature[row], z);
-        ZEROKL_CALL(row_grad, n, z, begin, s.maximum, s.sum, targets[row], grad[row], temperature[row], s.cut.value, s.cut.index,
+        ZEROKL_CALL(row_grad, n, z, v.column(g), s.maximum, s.sum, targets[row], grad[row], temperature[row], s.cut.value, s.cut.index,
                     gradient.data() + r * n);
       });
-      if (dh) ZEROKL_CALL(linear_dx, rows, n, h.width, gradient.data(), w, dh + first * h.width, false, true);
-      if (dw) ZEROKL_CALL(linear_dw, rows, n, h.width, gradient.data(), x, dw + begin * h.width);
+      if (dh) ZEROKL_CALL(linear_dx, rows, n, h.width, gradient.data(), w, parts.data() + (g - v.first) * rows * h.width, false, false);
+      if (dw && n > 0) ZEROKL_CALL(linear_dw, rows, n, h.width, gradient.data(), x, dw + (w - h.w));
     }
+    if (dh) add_parts(v.count, rows * h.width, parts.data(), dh + first * h.width);
   }
 }
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
+from ..contract import VOCAB_SEGMENTS
 from ._common import WeightGrad, check, check_bf16, ops, per_row
+from .collective import tree_all_reduce
 
 
 class SelectedLogprob(NamedTuple):
@@ -46,13 +49,84 @@ class _SelectedLogprob(torch.autograd.Function):
         dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None
         ops.selected_logprob_backward(
-            hidden, w, *rest, dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer
+            hidden, w, *rest, w.shape[0], 0, 1, dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer
         )
         return (
             None if dhidden is None else dhidden.to(hidden.dtype),
             None if grad is None else grad.result(),
             *[None] * 5,
         )
+
+
+class _ShardedLogprob(torch.autograd.Function):
+    """The same over a vocabulary that the ranks of a group share. Every rank gets the whole result and gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        w: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: torch.Tensor,
+        with_entropy: bool,
+        vocabulary: int,
+        group: dist.ProcessGroup,
+    ) -> Any:
+        rows, rank, ranks = hidden.shape[0], dist.get_rank(group), dist.get_world_size(group)
+        share = (vocabulary, rank, ranks)
+        sums = torch.empty((rows, VOCAB_SEGMENTS // ranks, 3), dtype=torch.float32)
+        hit = torch.empty(rows, dtype=torch.float32)
+        ops.logprob_segments(hidden, w, targets, temperature, *share, with_entropy, sums, hit)
+        all_sums, all_hits = (
+            [torch.empty_like(sums) for _ in range(ranks)],
+            [torch.empty_like(hit) for _ in range(ranks)],
+        )
+        dist.all_gather(all_sums, sums, group=group)
+        dist.all_gather(all_hits, hit, group=group)
+        logprob = torch.empty(rows, dtype=torch.float32)
+        entropy = torch.empty(rows, dtype=torch.float32) if with_entropy else None
+        state = torch.empty((rows, 2), dtype=torch.float32)
+        width = -(-vocabulary // VOCAB_SEGMENTS)
+        owner = targets // (width * (VOCAB_SEGMENTS // ranks))  # the rank that holds each target's row of the head
+        hit = torch.stack(all_hits).gather(0, owner[None])[0]
+        ops.logprob_merge(torch.cat(all_sums, 1), hit, logprob, entropy, state)
+        ctx.save_for_backward(hidden, w, targets, temperature, state)
+        ctx.weight, ctx.share, ctx.group = w, share, group
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, dlogprob: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden, w, targets, temperature, state = ctx.saved_tensors
+        dhidden = torch.empty(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None
+        rows = hidden.shape[0]
+        cut, index = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
+        ops.selected_logprob_backward(
+            hidden, w, targets, temperature, state, cut, index, *ctx.share,
+            dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer,
+        )  # fmt: skip
+        if dhidden is not None:
+            dhidden = tree_all_reduce(dhidden, ctx.group).to(hidden.dtype)
+        return dhidden, None if grad is None else grad.result(), *[None] * 5
+
+
+def vocabulary_share(vocabulary: int, rank: int, ranks: int) -> slice:
+    """The rows of the output head that a rank holds: its neighbouring eighths of ``ceil(vocabulary / 8)`` rows (R6).
+
+    Raises ValueError unless ranks is 1, 2, 4 or 8.
+    """
+    check(ranks in (1, 2, 4, 8) and 0 <= rank < ranks, "vocabulary_share", f"rank {rank} of {ranks}; ranks: 1, 2, 4, 8")
+    width, held = -(-vocabulary // VOCAB_SEGMENTS), VOCAB_SEGMENTS // ranks
+    return slice(min(rank * held * width, vocabulary), min((rank + 1) * held * width, vocabulary))
+
+
+def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """x of every rank, in rank order."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return parts
 
 
 def selected_logprob(
@@ -64,6 +138,8 @@ def selected_logprob(
     top_p: torch.Tensor | float = 1.0,
     top_k: torch.Tensor | int = 0,
     entropy: bool = False,
+    group: dist.ProcessGroup | None = None,
+    vocabulary: int | None = None,
 ) -> SelectedLogprob:
     """Log-probability of each row's target under ``softmax(hidden @ w.T / temperature)``, top-p and top-k renormalised.
 
@@ -76,6 +152,8 @@ def selected_logprob(
         temperature, top_p, top_k: scalars or [T]; 1 and 0 switch the filters off. An entry stays if fewer than top_k
             precede it and the mass before it is below top_p, in the order (logit descending, index ascending).
         entropy: also return the entropy (no gradient flows through it).
+        group, vocabulary: the ranks (1, 2, 4 or 8) that share the head of a vocabulary of that size, each with the rows
+            of :func:`vocabulary_share`. Bits do not depend on their number. No filters then.
 
     Returns:
         :class:`SelectedLogprob`; the same bits as :func:`logprob_from_logits` and :func:`sample` on the same rows.
@@ -99,6 +177,21 @@ def selected_logprob(
         per_row(top_p, rows, torch.float32, op, "top_p"),
         per_row(top_k, rows, torch.int32, op, "top_k"),
     )
+    if group is not None:
+        ranks = dist.get_world_size(group)
+        check(
+            vocabulary is not None and VOCAB_SEGMENTS % ranks == 0, op, f"{ranks} ranks need vocabulary=...; 1, 2, 4, 8"
+        )
+        check(
+            isinstance(top_p, float | int) and top_p == 1 and isinstance(top_k, int) and top_k == 0,
+            op,
+            "top_p and top_k need the whole vocabulary on one rank",
+        )
+        return SelectedLogprob(
+            *_ShardedLogprob.apply(
+                hidden.contiguous(), w, targets.to(torch.int64).contiguous(), t, entropy, vocabulary, group
+            )
+        )
     return SelectedLogprob(
         *_SelectedLogprob.apply(hidden.contiguous(), w, targets.to(torch.int64).contiguous(), t, p, k, entropy)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import contract
-from .arith import F32, LN2, LOG2E, Array, bf16, exp2, fma, lane_reduce, log2
+from .arith import F32, LN2, LOG2E, Array, bf16, chain, exp2, fma, lane_reduce, log2
 
 SEGMENTS = contract.VOCAB_SEGMENTS
 Sum = tuple[F32, F32, F32]
@@ -75,6 +75,15 @@ def logprob_row(
     m, total, moment = softmax_sum(z)
     log_total = F32(log2(total) * LN2)
     return F32(F32(z[target] - m) - log_total), F32(log_total - F32(moment / total))
+
+
+def hidden_gradient(dz: Array, w: Array) -> Array:
+    """d hidden fp32 of rows of d logits: R1 over each segment of the vocabulary, segments added as a balanced tree."""
+    width = -(-len(w) // SEGMENTS)
+    parts = [chain(dz[:, g * width : (g + 1) * width], w[g * width : (g + 1) * width]) for g in range(SEGMENTS)]
+    while len(parts) > 1:
+        parts = [(a + b).astype(F32) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def logits_gradient(

@@ -13,6 +13,12 @@ from zerokl import kernels
 
 SEGMENTS = 8
 WIDTH = SEGMENTS * 6
+VOCABULARY = 389  # not a multiple of 8: the last shares are smaller
+
+
+def logprob_inputs():
+    """(hidden with gradient, whole head, targets in every part of the vocabulary)"""
+    return hashed(9, 30, seed=4).requires_grad_(), hashed(VOCABULARY, 30, seed=5), torch.arange(9) * 45
 
 
 def main(rank: int, ranks: int, folder: Path) -> None:
@@ -25,7 +31,18 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     part = kernels.linear(local, w[:, mine].contiguous(), segments=SEGMENTS // ranks, out_dtype=torch.float32)
     total = kernels.tree_all_reduce(part, dist.group.WORLD)
     total.backward(hashed(11, 9, seed=3).float())
-    np.savez(folder / f"{rank}.npz", total=total.detach().numpy(), dx=local.grad.float().numpy())
+    hidden, head, targets = logprob_inputs()
+    share = kernels.vocabulary_share(VOCABULARY, rank, ranks)
+    shard = head[share].contiguous().requires_grad_()
+    scored = kernels.selected_logprob(
+        hidden, shard, targets, temperature=0.7, entropy=True, group=dist.group.WORLD, vocabulary=VOCABULARY
+    )
+    scored.logprob.backward(torch.arange(len(targets)).float() - 3)
+    np.savez(
+        folder / f"{rank}.npz", total=total.detach().numpy(), dx=local.grad.float().numpy(),
+        logprob=scored.logprob.detach().numpy(), entropy=scored.entropy.numpy(),
+        dhidden=hidden.grad.float().numpy(), dhead=shard.grad.float().numpy(),
+    )  # fmt: skip
     dist.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collective_ranks import logprob_inputs
 from data import assert_same_bits, hashed
 
 from zerokl import kernels
@@ -40,6 +41,18 @@ def test_every_rank_holds_the_bits_of_one_rank(ranks):
     for r, got in enumerate(ranks):
         assert_same_bits(got["total"], whole, f"rank {r} of {len(ranks)}")
     assert_same_bits(np.concatenate([got["dx"] for got in ranks], 1), x.grad, "dx")
+
+
+def test_a_shared_vocabulary_gives_the_bits_of_a_whole_one(ranks):
+    hidden, head, targets = logprob_inputs()
+    head.requires_grad_()
+    whole = kernels.selected_logprob(hidden, head, targets, temperature=0.7, entropy=True)
+    whole.logprob.backward(torch.arange(9).float() - 3)
+    for r, got in enumerate(ranks):
+        assert_same_bits(got["logprob"], whole.logprob, f"logprob of rank {r}")
+        assert_same_bits(got["entropy"], whole.entropy, f"entropy of rank {r}")
+        assert_same_bits(got["dhidden"], hidden.grad, f"dhidden of rank {r}")
+    assert_same_bits(np.concatenate([got["dhead"] for got in ranks]), head.grad, "dhead")
 
 
 def test_the_tree_is_not_just_any_order():
