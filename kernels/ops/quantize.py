@@ -83,8 +83,9 @@ Codes = tuple[torch.Tensor, torch.Tensor]
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors as the operators take them; they see neither fp8 dtypes nor words."""
-    return [t.contiguous().view(torch.uint8) for t in tensors]
+    """The tensors as the operators take them: they see bytes, whatever the dtype."""
+    # a lone element counts as contiguous whatever its stride, but could not be viewed as bytes
+    return [t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in tensors]
 
 
 def _quantize(tensors: Sequence[torch.Tensor], f: _Format, op: str) -> list[Codes]:
@@ -103,7 +104,8 @@ def _quantize(tensors: Sequence[torch.Tensor], f: _Format, op: str) -> list[Code
         )
     codes = [torch.empty(f.codes_shape(x.shape), dtype=f.code) for x in tensors]
     scales = [torch.empty(f.scales_shape(x.shape), dtype=f.scale) for x in tensors]
-    ops.quantize([x.contiguous() for x in tensors], f.quantizer, f.rows, f.columns, _bytes(codes), _bytes(scales))
+    if tensors:  # torch cannot tell the type of an empty list
+        ops.quantize([x.contiguous() for x in tensors], f.quantizer, f.rows, f.columns, _bytes(codes), _bytes(scales))
     return list(zip(codes, scales, strict=True))
 
 

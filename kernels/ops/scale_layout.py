@@ -41,7 +41,7 @@ def to_hopper_scales(scales: torch.Tensor) -> torch.Tensor:
 def from_hopper_scales(scales: torch.Tensor) -> torch.Tensor:
     """The inverse of :func:`to_hopper_scales`: row-major scales. Raises ValueError for a wrong dtype or shape."""
     _check_scales("from_hopper_scales", scales, torch.float32)
-    return scales.contiguous()
+    return scales.clone(memory_format=torch.contiguous_format)
 
 
 def to_blackwell_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -69,5 +69,5 @@ def from_blackwell_scales(packed: torch.Tensor, blocks: int) -> torch.Tensor:
     op = "from_blackwell_scales"
     _check_scales(op, packed, torch.int32)
     check(-(-blocks // 4) == packed.shape[-1], op, f"blocks={blocks} do not fit packed {tuple(packed.shape)}")
-    exponents = packed.contiguous().view(torch.uint8)[..., :blocks].to(torch.int32)
+    exponents = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)[..., :blocks].to(torch.int32)
     return torch.where(exponents == 0xFF, 0x7FC00000, exponents << 23).to(torch.int32).view(torch.float32)

@@ -30,8 +30,8 @@ def e4m3_value(codes: Array) -> Array:
 
 def e4m3(x: Array) -> Array:
     """fp32 to e4m3 codes: nearest even, saturating at 448, the sign of zero kept, every NaN to 0x7f."""
-    a = np.abs(x.astype(np.float64))
-    a = np.minimum(np.where(np.isnan(a), 0, a), float(E4M3_MAX))
+    a = np.abs(np.where(np.isnan(x), 0, x).astype(np.float64))
+    a = np.minimum(a, float(E4M3_MAX))
     exponent = np.maximum(np.frexp(a)[1] - 1, -6)  # of the leading bit; subnormals share the smallest
     steps = np.rint(np.ldexp(a, 3 - exponent)).astype(np.int64)  # 0 ... 16 eighths; 16 carries into the exponent
     code = np.where(steps >= 8, (exponent + 7) * 8 + steps - 8, steps)
