@@ -36,7 +36,7 @@ struct Stripe {
   int64_t rows, k;
 };
 
-// y [m, n] of e4m3 codes x [m, k], w [n, k]; a scale per `block` of k and per row of x, per w_rows rows of w.
+// y [m, n] of e4m3 codes x [m, k], w [n, k]; a scale per `block` of k and per row of x, per w_rows (1 or 128) rows of w.
 struct ScaledLinear {
   int64_t m, n, k, block, w_rows;
   const uint8_t *x, *w;

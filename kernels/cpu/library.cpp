@@ -229,7 +229,7 @@ void op_cast_e4m3(const Tensor x, const Tensor codes) {
 
 void op_scaled_linear(const Tensor x, const Tensor x_scales, const Tensor w, const Tensor w_scales, int64_t block, int64_t w_rows, const Tensor y) {
   const int64_t n = w.size(0), k = w.size(1), m = k ? x.numel() / k : 0;
-  STD_TORCH_CHECK(block > 0 && block % 2 == 0 && block <= kFp8Block && w_rows > 0, "zerokl::scaled_linear: unsupported block");
+  STD_TORCH_CHECK(block > 0 && block % 2 == 0 && block <= kFp8Block && (w_rows == 1 || w_rows == kFp8Block), "zerokl::scaled_linear: unsupported block");
   const int64_t blocks = (k + block - 1) / block;
   STD_TORCH_CHECK(x_scales.numel() == m * blocks && w_scales.numel() == (n + w_rows - 1) / w_rows * blocks && y.numel() == m * n,
                   "zerokl::scaled_linear: scales or y have the wrong size");

@@ -69,23 +69,29 @@ ZK_INLINE vi to_e4m3(vf x) {
   return magnitude > 0x7f800000 ? set1i(0x7f) : code;
 }
 
-// The fp32 value of e4m3 codes, exact; 0x7f and 0xff are NaN.
-ZK_INLINE vf from_e4m3(vi code) {
-  const vi magnitude = code & 0x7f;
-  const vf subnormal = __builtin_convertvector(magnitude, vf) * set1(0x1p-9f);
-  const vf a = magnitude < 8 ? subnormal : as_float((magnitude << 20) + (120 << 23));
-  return as_float(bits(magnitude == 0x7f ? as_float(set1i(0x7fc00000)) : a) | ((code & 0x80) << 24));
-}
-
 typedef uint8_t vb __attribute__((vector_size(W), may_alias));
 typedef vb vb_u __attribute__((aligned(1)));
 
-ZK_INLINE vi load_bytes_n(const uint8_t* p, int n) {
-  if (n == W) return __builtin_convertvector(*reinterpret_cast<const vb_u*>(p), vi);
-  vi t = {};
+ZK_INLINE vb load_bytes_n(const uint8_t* p, int n) {
+  if (n == W) return *reinterpret_cast<const vb_u*>(p);
+  vb t = {};
   for (int i = 0; i < n; i++) t[i] = p[i];
   return t;
 }
+
+// e4m3 codes as bf16, exact; 0x7f and 0xff are NaN. The seven subnormals by cases: there are no 16-bit floats to do it.
+ZK_INLINE vh as_bf16(vb code) {
+  const vh c = __builtin_convertvector(code, vh), a = c & 0x7f;
+  const vh high = (120 << 7) | ((a & 3) << 5), low = a >= 2 ? (119 << 7) | ((a & 1) << 6) : (a & 1) * (118 << 7);
+  const vh subnormal = a >= 4 ? high : low, number = a < 8 ? subnormal : (a << 4) + (120 << 7);
+  return (a == 0x7f ? vh{} + 0x7fc0 : number) | ((c & 0x80) << 8);
+}
+ZK_INLINE vf from_e4m3(vb code) {
+  uint16_t t[W];
+  *reinterpret_cast<vh_u*>(t) = as_bf16(code);
+  return load_bf16(t);
+}
+
 ZK_INLINE void store_bytes_n(uint8_t* p, vi x, int n) {
   const vb narrow = __builtin_convertvector(x, vb);
   if (n == W) {
@@ -116,6 +122,11 @@ ZK_INLINE int block_amax(const uint16_t* x, int64_t stride, int rows, int column
   return amax;
 }
 
+// A byte holds two neighbours: the lanes of a 64-bit word.
+typedef uint64_t vq __attribute__((vector_size(4 * W), may_alias));
+typedef uint8_t vb_half __attribute__((vector_size(W / 2), may_alias));
+typedef vb_half vb_half_u __attribute__((aligned(1)));
+
 // Eight nibbles a word, the first lowest. Codes are x / scale to the nearest even integer, in [-8, 7], stored plus 8; NaN,
 // which only a NaN scale brings, becomes 0.
 ZK_INLINE void pack_int4(const uint16_t* x, int columns, float scale, uint8_t* codes) {
@@ -123,14 +134,14 @@ ZK_INLINE void pack_int4(const uint16_t* x, int columns, float scale, uint8_t* c
   for (int j = 0; j < columns; j += W) {
     const vf q = round_even(load_bf16(x + j) / s), clamped = max(min(q, set1(7.0f)), set1(-8.0f));
     const vi nibble = __builtin_convertvector(q == q ? clamped : vf{}, vi) + 8;
-    for (int i = 0; i < W; i += 2) codes[(j + i) / 2] = uint8_t(nibble[i] | nibble[i + 1] << 4);
+    const vq pair = reinterpret_cast<const vq&>(nibble);
+    *reinterpret_cast<vb_half_u*>(codes + j / 2) = __builtin_convertvector(pair | (pair >> 28), vb_half);
   }
 }
 
 ZK_INLINE vf unpack_int4(const uint8_t* codes, int j) {
-  vi q;
-  for (int i = 0; i < W; i++) q[i] = (codes[(j + i) / 2] >> (4 * (i & 1)) & 15) - 8;
-  return __builtin_convertvector(q, vf);
+  const vq byte = __builtin_convertvector(*reinterpret_cast<const vb_half_u*>(codes + j / 2), vq), pair = (byte & 15) | (byte >> 4 << 32);
+  return __builtin_convertvector(reinterpret_cast<const vi&>(pair) - 8, vf);
 }
 
 void quantize(const Format& f, int64_t count, const Stripe* stripes) {
@@ -178,9 +189,14 @@ void cast_e4m3(int64_t n, const float* x, uint8_t* codes) {
   for (int64_t i = 0; i < n; i += W) store_bytes_n(codes + i, to_e4m3(load_n(x + i, shorter(W, n - i), 0.0f)), shorter(W, n - i));
 }
 
-// e4m3 is a subset of bf16.
 static void widen_codes(const uint8_t* codes, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; i += W) store_bf16_n(out + i, from_e4m3(load_bytes_n(codes + i, shorter(W, n - i))), shorter(W, n - i));
+  for (int64_t i = 0; i < n; i += W) {
+    const vh x = as_bf16(load_bytes_n(codes + i, shorter(W, n - i)));
+    if (n - i >= W)
+      *reinterpret_cast<vh_u*>(out + i) = x;
+    else
+      for (int64_t j = i; j < n; j++) out[j] = x[j - i];
+  }
 }
 
 // acc[r][j] += (sa[r] sb[j]) partial[r][j], each of the three operations rounded
@@ -204,6 +220,8 @@ void scaled_linear(const ScaledLinear& s) {
     parallel_for((s.n + kNR - 1) / kNR, [&](int64_t panel) {
       const int64_t j = panel * kNR, size = chunk.tiles * kMR * kNR;
       const int columns = shorter(kNR, s.n - j);
+      const float* w_scales = s.w_scales + j / s.w_rows * blocks;
+      const int64_t w_step = s.w_rows == 1 ? blocks : 0;  // else a panel lies within one block's rows
       float* acc = static_cast<float*>(scratch(Slot::kTile, size_t(2 * size) * sizeof(float)));
       float* partial = acc + size;
       int32_t* packed = static_cast<int32_t*>(scratch(Slot::kPackB, size_t(steps_of(s.block) * kNR + W) * sizeof(int32_t)));
@@ -213,7 +231,7 @@ void scaled_linear(const ScaledLinear& s) {
         const int64_t k = b * s.block, depth = shorter(s.block, s.k - k);
         float sb[kNR] = {};
         for (int c = 0; c < columns; c++) {
-          sb[c] = s.w_scales[(j + c) / s.w_rows * blocks + b];
+          sb[c] = w_scales[c * w_step + b];
           widen_codes(s.w + (j + c) * s.k + k, depth, wide + c * kFp8Block);
         }
         pack_lines([&](int c) { return wide + c * kFp8Block; }, columns, 0, depth, kNR, packed);

@@ -458,6 +458,50 @@ def test_linear_equals_reference(isa, x_case, w_case, linear, options, m, n, k, 
     assert_same_bits(linear(x_case.quantize(x), wq), arith.bf16(expected), "from codes")
 
 
+def fused_promotion(x, xs, w, ws, block, w_rows):
+    """``fma(sx sw, partial, acc)`` instead of a rounded product."""
+    acc, spread = np.zeros((len(x), len(w)), np.float32), np.repeat(ws, w_rows, 0)[: len(w)]
+    for b in range(xs.shape[1]):
+        k = slice(b * block, (b + 1) * block)
+        acc = arith.fma(xs[:, b, None] * spread[None, :, b], arith.chain(x[:, k], w[:, k].T), acc)
+    return acc
+
+
+def scales_one_by_one(x, xs, w, ws, block, w_rows):
+    """``sx (sw partial)`` instead of ``(sx sw) partial``."""
+    acc, spread = np.zeros((len(x), len(w)), np.float32), np.repeat(ws, w_rows, 0)[: len(w)]
+    for b in range(xs.shape[1]):
+        k = slice(b * block, (b + 1) * block)
+        acc = acc + xs[:, b, None] * (spread[None, :, b] * arith.chain(x[:, k], w[:, k].T))
+    return acc
+
+
+def descending_blocks(x, xs, w, ws, block, w_rows):
+    back = np.argsort(-(np.arange(x.shape[1]) // block), kind="stable")
+    return ORIGINAL_LINEAR(x[:, back], xs[:, ::-1], w[:, back], ws[:, ::-1], block, w_rows)
+
+
+def single_fmas(x, xs, w, ws, block, w_rows):
+    """Ascending k one by one instead of by pairs, odd first."""
+    swapped = np.arange(x.shape[1]) ^ 1
+    return ORIGINAL_LINEAR(x[:, swapped], xs, w[:, swapped], ws, block, w_rows)
+
+
+ORIGINAL_LINEAR = ref.scaled_linear
+
+
+@pytest.mark.parametrize("wrong", [fused_promotion, scales_one_by_one, descending_blocks, single_fmas])
+def test_wrong_linears_are_caught(monkeypatch, wrong):
+    """As for the quantisers: other orders of the same sums differ from the kernel."""
+    x_case, w_case, linear, options = LINEARS["fp8"]
+    x, w = hashed(17, 384, seed=1, kind="cancel"), hashed(150, 384, seed=2)
+    y = linear(x, w_case.quantize(w), out_dtype=torch.float32, **options)
+    assert_same_bits(y, reference_linear(x_case, w_case, x, w), "right")
+    monkeypatch.setattr(ref, "scaled_linear", wrong)
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same_bits(y, reference_linear(x_case, w_case, x, w), "wrong")
+
+
 @each_linear
 def test_linear_many_rows(isa, x_case, w_case, linear, options):
     """More rows than one packed chunk holds, and each row alone."""
