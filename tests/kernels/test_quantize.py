@@ -272,7 +272,7 @@ def test_fp8_equals_deepgemm_rule(isa):
         assert (got == codes.view(torch.uint8)).all()
 
 
-def test_mxfp8_equals_torchao(isa):
+def test_mxfp8_equals_torchao():
     """Codes and scales of torchao, where the rules agree.
 
     They differ, by choice, in two places, neither in the blocks here: torchao takes an E8M0 scale of 0 as 1 in RCEIL,
