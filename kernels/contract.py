@@ -22,6 +22,27 @@ ATTENTION_SEGMENT = 1024
 VOCAB_SEGMENTS = 8
 """R6: segments of the vocabulary, each ceil(V / 8) columns wide."""
 
+FP8_BLOCK = 128
+"""Quantisers: edge of an fp8_block, 1 x 128 for activations and 128 x 128 for weights."""
+
+MX_BLOCK = 32
+"""Quantisers: elements that share an E8M0 scale."""
+
+E4M3_MAX = 448
+"""Quantisers: the largest finite e4m3 value; larger magnitudes saturate to it."""
+
+E4M3_MAX_EXPONENT = 8
+"""Quantisers: the exponent of E4M3_MAX, what the FLOOR rule subtracts."""
+
+FP8_AMAX_MIN = "0x1.a36e2ep-14"
+"""Quantisers: fp8_block's smallest amax, 1e-4 rounded to fp32."""
+
+INT4_DIVISOR = 7
+"""Quantisers: int4_group's scale is amax / 7, so codes stay symmetric."""
+
+INT4_SCALE_MIN = "0x1.4f8b58p-17"
+"""Quantisers: int4_group's smallest scale before its rounding to bf16, 1e-5 rounded to fp32."""
+
 # R4. Minimax fits (Remez, relative error below 2^-25 before rounding), rounded to fp32, lowest degree first.
 # exp2(f) = 1 + f * P(f) for f in [-0.5, 0.5]
 EXP2_POLY = (
@@ -93,6 +114,13 @@ inline constexpr int kLanes = {REDUCTION_LANES};
 inline constexpr int kAttentionBlock = {ATTENTION_BLOCK};
 inline constexpr int kAttentionSegment = {ATTENTION_SEGMENT};
 inline constexpr int kVocabSegments = {VOCAB_SEGMENTS};
+inline constexpr int kFp8Block = {FP8_BLOCK};
+inline constexpr int kMxBlock = {MX_BLOCK};
+inline constexpr float kE4m3Max = {E4M3_MAX}.0f;
+inline constexpr int kE4m3MaxExponent = {E4M3_MAX_EXPONENT};
+inline constexpr float kFp8AmaxMin = {FP8_AMAX_MIN}f;
+inline constexpr float kInt4Divisor = {INT4_DIVISOR}.0f;
+inline constexpr float kInt4ScaleMin = {INT4_SCALE_MIN}f;
 inline constexpr float kLog2e = {LOG2E}f;
 inline constexpr float kLn2 = {LN2}f;
 {poly}

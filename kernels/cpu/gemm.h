@@ -127,7 +127,8 @@ static void run_chains(const Chunk& a, const Matrix& b, int64_t j, int columns, 
 }
 
 // segments > 1 cuts K into that many equal chains (R2); K must be divisible by twice that.
-static void gemm(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, const Output& c, int segments = 1) {
+// quantize.cpp takes the parts above, not the whole.
+[[maybe_unused]] static void gemm(int64_t M, int64_t N, int64_t K, const Matrix& a, const Matrix& b, const Output& c, int segments = 1) {
   const int64_t depth = K / segments, tile_bytes = steps_of(K) * kMR * int64_t(sizeof(int32_t));
   int64_t chunk_rows = kMR * (tile_bytes > 0 ? kChunkBytes / tile_bytes : 1);
   chunk_rows = chunk_rows < 4 * kMR ? 4 * kMR : chunk_rows;

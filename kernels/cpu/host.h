@@ -32,6 +32,8 @@ struct TypeOf;
 template <>
 struct TypeOf<uint16_t> { static constexpr ScalarType value = ScalarType::BFloat16; };
 template <>
+struct TypeOf<uint8_t> { static constexpr ScalarType value = ScalarType::Byte; };
+template <>
 struct TypeOf<float> { static constexpr ScalarType value = ScalarType::Float; };
 template <>
 struct TypeOf<int64_t> { static constexpr ScalarType value = ScalarType::Long; };

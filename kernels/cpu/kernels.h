@@ -29,6 +29,33 @@ struct RouterShape {
 };
 constexpr int64_t kMaxGroups = 64;
 
+enum class Quantizer : int64_t { kFp8, kFp8PowerOfTwo, kMxRceil, kMxFloor, kInt4 };
+enum class ScaleType { kFp32, kE8m0, kBf16 };
+
+// A quantiser over blocks of rows x columns.
+struct Format {
+  Quantizer quantizer;
+  ScaleType scale;
+  int rows, columns;
+};
+
+// Whole blocks' rows of a matrix [rows, k]: one task. Codes take a byte an element, int4 half a byte.
+struct Stripe {
+  uint16_t* x;
+  uint8_t* codes;
+  void* scales;  // [ceil(rows / Format::rows), ceil(k / Format::columns)]
+  int64_t rows, k;
+};
+
+// y [m, n] of e4m3 codes x [m, k], w [n, k]; a scale per `block` of k and per row of x, per w_rows (1 or 128) rows of w.
+struct ScaledLinear {
+  int64_t m, n, k, block, w_rows;
+  const uint8_t *x, *w;
+  const float *x_scales, *w_scales;
+  void* y;
+  bool y_bf16;
+};
+
 }  // namespace zerokl
 
 #define ZEROKL_DECLARE(ISA)                                                                                                     \
@@ -84,6 +111,10 @@ constexpr int64_t kMaxGroups = 64;
                          uint16_t* dx);                                                                                         \
   void grouped_linear_dw(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* x,  \
                          float* dw);                                                                                            \
+  void quantize(const Format& f, int64_t count, const Stripe* stripes);                                                         \
+  void dequantize(const Format& f, int64_t count, const Stripe* stripes);                                                       \
+  void cast_e4m3(int64_t n, const float* x, uint8_t* codes);                                                                    \
+  void scaled_linear(const ScaledLinear& s);                                                                                    \
   void log2_vector(int64_t n, const float* x, float* y);                                                                        \
   void exp2_vector(int64_t n, const float* x, float* y);                                                                        \
   }

@@ -248,6 +248,60 @@ void op_sample(const Tensor logits, const Tensor temperature, const Tensor top_p
               data<int64_t>(position), data<int64_t>(token), data<float>(logprob), data<float>(raw_logprob));
 }
 
+using Tensors = std::vector<Tensor>;
+
+Format format_of(int64_t quantizer, int64_t rows, int64_t columns) {
+  const Quantizer q{quantizer};
+  const ScaleType scale = q == Quantizer::kInt4 ? ScaleType::kBf16
+                          : q == Quantizer::kMxRceil || q == Quantizer::kMxFloor ? ScaleType::kE8m0 : ScaleType::kFp32;
+  return {q, scale, int(rows), int(columns)};
+}
+
+// The matrices, cut into stripes of whole blocks: one flat list of tasks whatever the number and sizes of tensors.
+std::vector<Stripe> stripes_of(const Format& f, const Tensors& x, const Tensors& codes, const Tensors& scales) {
+  STD_TORCH_CHECK(codes.size() == x.size() && scales.size() == x.size(), "zerokl::quantize: as many codes and scales as tensors are needed");
+  std::vector<Stripe> stripes;
+  for (size_t i = 0; i < x.size(); i++) {
+    const int64_t k = x[i].size(x[i].dim() - 1), rows = k ? x[i].numel() / k : 0, blocks = (k + f.columns - 1) / f.columns;
+    const int64_t height = f.rows == 1 ? 16 : f.rows, code_bytes = f.quantizer == Quantizer::kInt4 ? k / 2 : k;
+    const int64_t scale_bytes = f.scale == ScaleType::kFp32 ? 4 : f.scale == ScaleType::kBf16 ? 2 : 1;
+    STD_TORCH_CHECK(codes[i].numel() == rows * code_bytes, "zerokl::quantize: codes ", i, " have the wrong size");
+    STD_TORCH_CHECK(scales[i].numel() == (rows + f.rows - 1) / f.rows * blocks * scale_bytes, "zerokl::quantize: scales ", i, " have the wrong size");
+    for (int64_t r = 0; r < rows; r += height)
+      stripes.push_back({data<uint16_t>(x[i]) + r * k, data<uint8_t>(codes[i]) + r * code_bytes,
+                         data<uint8_t>(scales[i]) + r / f.rows * blocks * scale_bytes, rows - r < height ? rows - r : height, k});
+  }
+  return stripes;
+}
+
+void op_quantize(const Tensors x, int64_t quantizer, int64_t rows, int64_t columns, const Tensors codes, const Tensors scales) {
+  const Format f = format_of(quantizer, rows, columns);
+  const std::vector<Stripe> stripes = stripes_of(f, x, codes, scales);
+  ZEROKL_CALL(quantize, f, int64_t(stripes.size()), stripes.data());
+}
+
+void op_dequantize(const Tensors codes, const Tensors scales, int64_t quantizer, int64_t rows, int64_t columns, const Tensors x) {
+  const Format f = format_of(quantizer, rows, columns);
+  const std::vector<Stripe> stripes = stripes_of(f, x, codes, scales);
+  ZEROKL_CALL(dequantize, f, int64_t(stripes.size()), stripes.data());
+}
+
+void op_cast_e4m3(const Tensor x, const Tensor codes) {
+  STD_TORCH_CHECK(codes.numel() == x.numel(), "zerokl::cast_e4m3: codes have the wrong size");
+  ZEROKL_CALL(cast_e4m3, x.numel(), data<float>(x), data<uint8_t>(codes));
+}
+
+void op_scaled_linear(const Tensor x, const Tensor x_scales, const Tensor w, const Tensor w_scales, int64_t block, int64_t w_rows, const Tensor y) {
+  const int64_t n = w.size(0), k = w.size(1), m = k ? x.numel() / k : 0;
+  STD_TORCH_CHECK(block > 0 && block % 2 == 0 && block <= kFp8Block && (w_rows == 1 || w_rows == kFp8Block), "zerokl::scaled_linear: unsupported block");
+  const int64_t blocks = (k + block - 1) / block;
+  STD_TORCH_CHECK(x_scales.numel() == m * blocks && w_scales.numel() == (n + w_rows - 1) / w_rows * blocks && y.numel() == m * n,
+                  "zerokl::scaled_linear: scales or y have the wrong size");
+  void* out = is_bf16(y) ? static_cast<void*>(data<uint16_t>(y)) : data<float>(y);
+  const ScaledLinear s{m, n, k, block, w_rows, data<uint8_t>(x), data<uint8_t>(w), data<float>(x_scales), data<float>(w_scales), out, is_bf16(y)};
+  ZEROKL_CALL(scaled_linear, s);
+}
+
 void op_exp2(const Tensor x, const Tensor y) { ZEROKL_CALL(exp2_vector, x.numel(), data<float>(x), data<float>(y)); }
 void op_log2(const Tensor x, const Tensor y) { ZEROKL_CALL(log2_vector, x.numel(), data<float>(x), data<float>(y)); }
 
@@ -279,6 +333,10 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("logprob_merge(Tensor sums, Tensor hit, Tensor(a!) logprob, Tensor(b!)? entropy, Tensor(c!) state) -> ()");
   m.def("logprob_from_logits(Tensor logits, Tensor targets, Tensor temperature, Tensor top_p, Tensor top_k, Tensor(a!) logprob, Tensor(b!)? entropy) -> ()");
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor top_k, Tensor seed, Tensor position, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) raw_logprob) -> ()");
+  m.def("quantize(Tensor[] x, int quantizer, int rows, int columns, Tensor(a!)[] codes, Tensor(b!)[] scales) -> ()");
+  m.def("dequantize(Tensor[] codes, Tensor[] scales, int quantizer, int rows, int columns, Tensor(a!)[] x) -> ()");
+  m.def("cast_e4m3(Tensor x, Tensor(a!) codes) -> ()");
+  m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, int block, int w_rows, Tensor(a!) y) -> ()");
   m.def("exp2(Tensor x, Tensor(a!) y) -> ()");
   m.def("log2(Tensor x, Tensor(a!) y) -> ()");
   m.def("set_isa(int wanted) -> int");
@@ -305,6 +363,10 @@ STABLE_TORCH_LIBRARY_IMPL(zerokl, CPU, m) {
   m.impl("logprob_merge", TORCH_BOX(&op_logprob_merge));
   m.impl("logprob_from_logits", TORCH_BOX(&op_logprob_from_logits));
   m.impl("sample", TORCH_BOX(&op_sample));
+  m.impl("quantize", TORCH_BOX(&op_quantize));
+  m.impl("dequantize", TORCH_BOX(&op_dequantize));
+  m.impl("cast_e4m3", TORCH_BOX(&op_cast_e4m3));
+  m.impl("scaled_linear", TORCH_BOX(&op_scaled_linear));
   m.impl("exp2", TORCH_BOX(&op_exp2));
   m.impl("log2", TORCH_BOX(&op_log2));
 }

@@ -16,7 +16,7 @@ void parallel(int64_t tasks, Body body, void* context);
 int64_t threads();
 
 // A 64-byte aligned buffer of this thread, kept between calls; one per slot. Raises std::bad_alloc.
-enum class Slot { kPackA, kPackB, kTile, kRow, kAttention, kCount };
+enum class Slot { kPackA, kPackB, kTile, kRow, kAttention, kWiden, kCount };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace zerokl
