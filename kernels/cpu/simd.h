@@ -30,7 +30,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * W), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * W), may_alias));
 typedef vf vf_u __attribute__((aligned(4)));
 typedef vh vh_u __attribute__((aligned(2)));
-typedef vi vi_u __attribute__((aligned(4)));
+typedef vi vi_u __attribute__((aligned(2)));  // words are also read as pairs of bf16, which lie on even addresses
 
 #define ZK_INLINE static inline __attribute__((always_inline))
 
