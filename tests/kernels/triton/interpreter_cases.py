@@ -1,0 +1,204 @@
+"""Every Triton kernel against the scalar-order reference, in Triton's interpreter. Run by ``test_interpreter.py``.
+
+The interpreter's fma rounds once, its division and square root are IEEE, so cross-device kernels are compared byte by
+byte; kernels built on ``tl.dot`` are compared closely, since only the hardware has the matrix unit's chain.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import assert_same_bits, f32, hashed
+
+from zerokl.kernels.reference import activation as ref_activation
+from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import logprob as ref_logprob
+from zerokl.kernels.reference import norm as ref_norm
+from zerokl.kernels.reference import rotary as ref_rotary
+from zerokl.kernels.reference import sampling as ref_sampling
+from zerokl.kernels.triton import _math, activation, logprob, norm, rotary, sampling
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+KINDS = ["plain", "wide", "cancel", "tiny"]
+NAN = float("nan")
+
+
+@triton.jit
+def _apply(x_ptr, y_ptr, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(y_ptr + at, _math.exp2(x) if NAME == "exp2" else _math.log2(x), mask=at < n)
+
+
+@pytest.mark.parametrize("name", ["exp2", "log2"])
+def test_elementary(name):
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -149.5, -150.0, -150.5, 127.99, 128.0, 1e-45, 1e-38, 3e38, -3.0]
+    x = np.concatenate([special, np.linspace(-160, 140, 5001), 2.0 ** np.linspace(-149, 127, 3001)]).astype(np.float32)
+    y = torch.empty(len(x))
+    _apply[(triton.cdiv(len(x), 1024),)](torch.from_numpy(x), y, len(x), NAME=name, BLOCK=1024)
+    assert_same_bits(y, getattr(arith, name)(x), name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "n", "residual"), [(3, 300, True), (9, 64, False), (2, 1, False), (5, 129, True)])
+def test_rms_norm(kind, rows, n, residual):
+    x, r, w = hashed(rows, n, seed=1, kind=kind), hashed(rows, n, seed=2, kind=kind), hashed(n, seed=3)
+    dy, ds, dw = hashed(rows, n, seed=4, kind=kind), hashed(rows, n, seed=5), hashed(n, seed=6).float()
+    y, s = torch.empty_like(x), torch.empty_like(x)
+    norm.rms_norm(x, r if residual else None, w, 1e-6, y, s if residual else None)
+    expected, total = ref_norm.rms_norm(f32(x), f32(w), 1e-6, f32(r) if residual else None)
+    assert_same_bits(y, expected, "y")
+    if residual:
+        assert_same_bits(s, total, "sum")
+    s = s if residual else x
+    dx, got = torch.empty_like(x), dw.clone()
+    norm.rms_norm_backward(s, w, 1e-6, dy, ds if residual else None, dx, got)
+    expected, expected_dw = ref_norm.rms_norm_backward(
+        f32(s), f32(w), 1e-6, f32(dy), f32(ds) if residual else None, f32(dw)
+    )
+    assert_same_bits(dx, expected, "dx")
+    assert_same_bits(got, expected_dw, "dw")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [7, 256, 1100])
+def test_silu_and_mul(kind, n):
+    x, dy = hashed(3, 2 * n, seed=1, kind=kind), hashed(3, n, seed=2, kind=kind)
+    y, dx = torch.empty_like(dy), torch.empty_like(x)
+    activation.silu_and_mul(x, y)
+    activation.silu_and_mul_backward(x, dy, dx)
+    assert_same_bits(y, ref_activation.silu_and_mul(f32(x)), "y")
+    assert_same_bits(dx, ref_activation.silu_and_mul_backward(f32(x), f32(dy)), "dx")
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 16, 16), (1, 12, 6), (17, 64, 48)])
+def test_rotary(heads, dim, turned, inverse):
+    # a slice of a wider tensor: strides are honoured
+    x = hashed(4, heads + 2, dim, seed=1, kind="cancel")[:, 1 : 1 + heads]
+    table = hashed(10, turned, seed=2).float() * 1.001
+    positions = torch.tensor([9, 0, 3, 3])
+    y = torch.empty(x.shape, dtype=x.dtype)
+    rotary.rotary(x, positions, table, inverse, y)
+    assert_same_bits(y, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy(), inverse=inverse), "y")
+    with pytest.raises(RuntimeError, match="zerokl::rotary"):
+        rotary.rotary(x, positions + 1, table, inverse, y)
+
+
+def test_neighbours_holding_nan_change_nothing():
+    """R0: rows keep their bits when the row beside them turns into NaN or Inf."""
+    x, w = hashed(6, 200, seed=1), hashed(200, seed=2)
+    bad = x.clone()
+    bad[1], bad[4] = NAN, float("inf")
+    others = [0, 2, 3, 5]
+    for run in (
+        lambda x: _norm_of(x, w),
+        lambda x: _norm_backward_of(x, w),
+        lambda x: _call(activation.silu_and_mul, x, (6, 100)),
+    ):
+        clean, dirty = run(x), run(bad)
+        assert_same_bits(dirty[others], clean[others], "row beside NaN")
+        assert dirty[1].isnan().all()
+
+
+def _call(op, x, shape):
+    y = torch.empty(shape, dtype=x.dtype)
+    op(x, y)
+    return y
+
+
+def _norm_of(x, w):
+    y = torch.empty_like(x)
+    norm.rms_norm(x, None, w, 1e-6, y, None)
+    return y
+
+
+def _norm_backward_of(x, w):
+    dx = torch.empty_like(x)
+    norm.rms_norm_backward(x, w, 1e-6, hashed(*x.shape, seed=8), None, dx, None)
+    return dx
+
+
+def _logits(rows, vocab, kind="plain"):
+    """fp32 logits with full mantissas, ties and both zeros."""
+    z = hashed(rows, vocab, seed=3, kind=kind).float() * 9 * (1 + 2.0**-12)
+    z[:, ::5] = z[:, :1]
+    z[:, 3::7] = -0.0
+    return z
+
+
+FILTERS = [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.3, 1.0, 5), (0.9, 0.6, 12), (1.0, 1.0, 1)]
+
+
+@pytest.mark.parametrize("vocab", [5, 97, 1031])
+def test_logprob_from_logits(vocab):
+    rows = len(FILTERS)
+    z = _logits(rows, vocab)
+    targets = torch.tensor([i * 7 % vocab for i in range(rows)])
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
+    got, entropy = torch.empty(rows), torch.empty(rows)
+    logprob.logprob_from_logits(z, targets, temperature, top_p, top_k.int(), got, entropy)
+    expected = [ref_logprob.logprob_row(z[r].numpy(), int(targets[r]), *FILTERS[r]) for r in range(rows)]
+    assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
+    with pytest.raises(RuntimeError, match="logprob_from_logits"):
+        logprob.logprob_from_logits(z, targets + vocab, temperature, top_p, top_k.int(), got, None)
+
+
+def test_logits_gradient():
+    rows, vocab = len(FILTERS), 1031
+    z = _logits(rows, vocab)
+    targets = torch.tensor([i * 7 % vocab for i in range(rows)])
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
+    filter = logprob.find_filter(z, temperature, top_p, top_k.int())
+    state = logprob.score(z, targets, filter, torch.empty(rows), None)
+    grad = hashed(rows, seed=9).float()
+    dz = torch.empty((rows, vocab), dtype=torch.bfloat16)
+    logprob.gradient_kernel[rows, 5](z, *filter, targets, state, grad, dz, 0, vocab, BLOCK=256)
+    expected = [
+        ref_logprob.logits_gradient(z[r].numpy(), int(targets[r]), float(grad[r]), *FILTERS[r]) for r in range(rows)
+    ]
+    assert_same_bits(dz, np.stack(expected), "dz")
+
+
+def test_infinite_and_nan_logits():
+    z = _logits(4, 300)
+    z[0, :40] = -float("inf")
+    z[1, 7], z[2] = NAN, -float("inf")
+    z[3, 299] = NAN
+    clean = _logits(4, 300)
+    got, entropy = torch.empty(4), torch.empty(4)
+    plain = (torch.ones(4), torch.ones(4), torch.zeros(4, dtype=torch.int32))
+    logprob.logprob_from_logits(z, torch.full((4,), 100), *plain, got, entropy)
+    assert got[1:].isnan().all()
+    assert_same_bits(got[0], np.float32(ref_logprob.logprob_row(z[0].numpy(), 100)[0]), "masked row")
+    z[0] = clean[0]
+    logprob.logprob_from_logits(z, torch.full((4,), 100), *plain, got, None)
+    assert_same_bits(got[0], np.float32(ref_logprob.logprob_row(clean[0].numpy(), 100)[0]), "row beside NaN")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "cases"), [(5, FILTERS), (300, [*FILTERS, (0.0, 0.5, 3)]), (8300, [(0.8, 1.0, 0), (0.0, 0.5, 3)])]
+)
+def test_sample(vocab, cases):
+    rows = len(cases)
+    z = _logits(rows, vocab)
+    seeds = [0, 1, -1, 2**40 + 17, -(2**63), 2**63 - 1]
+    places = [0, 5, 2**33 + 1, 12, 2**31, 7]
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*cases, strict=True))
+    token, got, raw = torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)
+    sampling.sample(z, temperature, top_p, top_k.int(), torch.tensor(seeds), torch.tensor(places), token, got, raw)
+    for r, case in enumerate(cases):
+        row = z[r].numpy()
+        expected = ref_sampling.sample_row(row, seeds[r], places[r], *case)
+        assert token[r] == expected, f"row {r}"
+        assert_same_bits(raw[r], np.float32(ref_logprob.logprob_row(row, expected)[0]), "raw")
+        scored = ref_logprob.logprob_row(row, expected, *case)[0] if case[0] else raw[r].numpy()
+        assert_same_bits(got[r], np.float32(scored), "logprob")

@@ -1,0 +1,172 @@
+"""Every Triton kernel compiled offline for sm_80, sm_90 and sm_100: what its PTX may and may not hold. No GPU needed.
+
+Contraction is off, division and square root are IEEE, nothing flushes subnormals, no float atomics, spills bounded.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zerokl.kernels.triton import activation, logprob, norm, rotary, sampling
+from zerokl.kernels.triton._math import launch_options
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MATRIX = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
+FORBIDDEN = {
+    "float atomics": r"\b(atom|red)\.\S*\.(f16|bf16|f32|f64)",
+    "approximate arithmetic": r"\.approx",
+    "division that is not IEEE": r"\bdiv\.full",
+    "flush to zero": r"\.ftz",
+    "a product or sum that ptxas may contract": r"\b(mul|add|sub)\.f32",
+}
+
+
+ALIGNED = {"n", "k", "dim", "a_row", "b_row", "a_column", "b_column", "y_row"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one representative configuration. ``stack``: bytes of spilled registers it may have."""
+
+    kernel: object
+    pointers: str
+    integers: str = ""
+    floats: str = ""
+    constants: dict = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 1
+    matrix: bool = False
+    fma: bool = True
+    stack: int = 0
+
+    def compile(self, capability: int):
+        types = {p.split(":")[0]: "*" + p.split(":")[1] for p in self.pointers.split()}
+        types |= dict.fromkeys(self.integers.split(), "i32") | dict.fromkeys(self.floats.split(), "fp32")
+        types |= dict.fromkeys(self.constants, "constexpr")
+        signature = {name: types[name] for name in self.kernel.arg_names}
+        aligned = [
+            (i,)
+            for i, name in enumerate(self.kernel.arg_names)
+            if signature[name][0] == "*" or name in {"n", "k", "dim"}
+        ]
+        source = ASTSource(
+            fn=self.kernel,
+            signature=signature,
+            constexprs=self.constants,
+            attrs={at: [["tt.divisibility", 16]] for at in aligned},
+        )
+        options = launch_options(self.warps, self.stages)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(cubin: bytes, path: Path) -> tuple[int, int]:
+    """(registers, stack bytes) of a thread. Spilled registers live on the stack."""
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    assert found, out
+    return int(found[1]), int(found[2])
+
+
+FILTER = "temperature_ptr:fp32 cut_ptr:fp32 cut_index_ptr:i64"
+
+CASES = {
+    "rms_norm": Case(
+        norm.rms_norm_kernel,
+        "x_ptr:bf16 residual_ptr:bf16 w_ptr:bf16 y_ptr:bf16 sum_ptr:bf16",
+        "rows n",
+        "eps",
+        {"RESIDUAL": True, "ROWS": 4},
+        stages=4,
+    ),
+    "rms_norm_backward": Case(
+        norm.rms_norm_backward_kernel,
+        "x_ptr:bf16 w_ptr:bf16 dy_ptr:bf16 dsum_ptr:bf16 dx_ptr:bf16 inverse_ptr:fp32",
+        "rows n",
+        "eps",
+        {"DSUM": True, "ROWS": 4},
+        stages=4,
+    ),
+    "rms_norm_dw": Case(
+        norm.rms_norm_dw_kernel,
+        "x_ptr:bf16 dy_ptr:bf16 inverse_ptr:fp32 dw_ptr:fp32",
+        "rows n",
+        constants={"COLUMNS": 32},
+        warps=1,
+    ),
+    "silu_and_mul": Case(activation.silu_and_mul_kernel, "x_ptr:bf16 y_ptr:bf16", "n", constants={"BLOCK": 1024}),
+    "silu_and_mul_backward": Case(
+        activation.silu_and_mul_backward_kernel, "x_ptr:bf16 dy_ptr:bf16 dx_ptr:bf16", "n", constants={"BLOCK": 1024}
+    ),
+    "rotary": Case(
+        rotary.rotary_kernel,
+        "x_ptr:bf16 position_ptr:i64 table_ptr:fp32 y_ptr:bf16",
+        "heads dim rotary_dim x_row x_head",
+        constants={"INVERSE": False, "HEADS": 16, "HALF": 64, "REST": 0},
+    ),
+    "segment_sum": Case(
+        logprob.segment_sum_kernel,
+        f"logits_ptr:fp32 {FILTER} target_ptr:i64 hit_ptr:fp32 sums_ptr:fp32",
+        "rows row_stride vocab width first_segment",
+        constants={"MOMENT": True, "ROWS": 4},
+        stages=4,
+    ),
+    "merge": Case(
+        logprob.merge_kernel,
+        "sums_ptr:fp32 hit_ptr:fp32 logprob_ptr:fp32 entropy_ptr:fp32 state_ptr:fp32",
+        "rows",
+        constants={"ENTROPY": True, "ROWS": 16},
+        warps=1,
+    ),
+    "scale": Case(
+        logprob.scale_kernel,
+        "logits_ptr:fp32 temperature_ptr:fp32 z_ptr:fp32",
+        "vocab",
+        constants={"BLOCK": 1024},
+        fma=False,
+    ),
+    "cut": Case(
+        logprob.cut_kernel,
+        "z_ptr:fp32 order_ptr:i64 state_ptr:fp32 top_p_ptr:fp32 top_k_ptr:i32 cut_ptr:fp32 cut_index_ptr:i64",
+        "vocab",
+        warps=1,
+    ),
+    "gradient": Case(
+        logprob.gradient_kernel,
+        f"logits_ptr:fp32 {FILTER} target_ptr:i64 state_ptr:fp32 grad_ptr:fp32 dz_ptr:bf16",
+        "first count",
+        constants={"BLOCK": 1024},
+    ),
+    "draw": Case(
+        sampling.draw_kernel,
+        f"logits_ptr:fp32 {FILTER} greedy_ptr:i32 seed_ptr:i64 position_ptr:i64 best_ptr:fp32 where_ptr:i32",
+        "vocab width",
+        constants={"BLOCK": 1024},
+    ),
+    "choose": Case(sampling.choose_kernel, "best_ptr:fp32 where_ptr:i32 token_ptr:i64", warps=1, fma=False),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_ptx(name, capability, tmp_path):
+    case = CASES[name]
+    compiled = case.compile(capability)
+    ptx = re.sub(r"//.*", "", compiled.asm["ptx"])
+    for what, pattern in FORBIDDEN.items():
+        found = re.search(pattern, ptx)
+        assert not found, f"{what}: {found.group(0)}"
+    assert bool(re.search(MATRIX[capability], ptx)) == case.matrix
+    assert ("fma.rn.f32" in ptx) == case.fma
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    registers, stack = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+    assert stack <= case.stack, f"{stack} bytes of stack, {registers} registers"
