@@ -22,7 +22,7 @@ _INF = tl.constexpr(float("inf"))
 
 
 class Filter(NamedTuple):
-    """What turns logits into z: temperature fp32 [T] and the last entry kept, its value fp32 [T] and index int64 [T]."""
+    """What turns logits into z: temperature fp32 [T]; value fp32 [T] and index int64 [T] of the last entry kept."""
 
     temperature: torch.Tensor
     cut: torch.Tensor

@@ -1,7 +1,9 @@
 """Every Triton kernel against the scalar-order reference, in Triton's interpreter. Run by ``test_interpreter.py``.
 
-The interpreter's fma rounds once, its division and square root are IEEE, so cross-device kernels are compared byte by
-byte; kernels built on ``tl.dot`` are compared closely, since only the hardware has the matrix unit's chain.
+The interpreter's fma rounds once, and its division and square root are IEEE: cross-device kernels equal the reference in
+every byte. Its ``tl.dot`` multiplies the raw words of bf16 operands, so here a matrix step is the R1 chain of the CPU
+profile instead. What the matrix unit itself computes is not tested; that products chain over ascending k, continue
+accumulators and add segments as R2 says is, byte by byte.
 """
 
 import sys
@@ -17,14 +19,27 @@ from data import assert_same_bits, f32, hashed
 
 from zerokl.kernels.reference import activation as ref_activation
 from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import linear as ref_linear
 from zerokl.kernels.reference import logprob as ref_logprob
 from zerokl.kernels.reference import norm as ref_norm
 from zerokl.kernels.reference import rotary as ref_rotary
 from zerokl.kernels.reference import sampling as ref_sampling
-from zerokl.kernels.triton import _math, activation, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import _math, activation, linear, logprob, norm, rotary, sampling
 
 triton = pytest.importorskip("triton")
 tl = triton.language
+
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+
+def _dot(self, a, b, d, *_):
+    """A matrix step as the R1 chain of the CPU profile."""
+    wide = [(t.data.astype(np.uint32) << 16).view(np.float32) if t.data.dtype == np.uint16 else t.data for t in (a, b)]
+    return TensorHandle(arith.chain(*wide, d.data), d.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
 
 KINDS = ["plain", "wide", "cancel", "tiny"]
 NAN = float("nan")
@@ -202,3 +217,74 @@ def test_sample(vocab, cases):
         assert_same_bits(raw[r], np.float32(ref_logprob.logprob_row(row, expected)[0]), "raw")
         scored = ref_logprob.logprob_row(row, expected, *case)[0] if case[0] else raw[r].numpy()
         assert_same_bits(got[r], np.float32(scored), "logprob")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "segments"), [(3, 70, 40, 1), (70, 33, 264, 4), (65, 130, 256, 8), (130, 70, 131, 1)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(m, n, k, segments, bias):
+    x, w, b = hashed(m, k, seed=1), hashed(n, k, seed=2), hashed(n, seed=3).float() if bias else None
+    for dtype in (torch.float32, torch.bfloat16):
+        y = torch.empty((m, n), dtype=dtype)
+        linear.linear(x, w, b, segments, y)
+        expected = ref_linear.linear(
+            f32(x), f32(w), f32(b) if bias else None, segments=segments, round_output=dtype == torch.bfloat16
+        )
+        assert_same_bits(y, expected, "y")
+    dy, dw = hashed(m, n, seed=4), hashed(n, k, seed=5).float()
+    dx = torch.empty_like(x)
+    expected_dx, expected_dw = ref_linear.linear_backward(f32(x), f32(w), f32(dy), f32(dw))
+    linear.linear_dx(dy, w, dx)
+    linear.linear_dw(dy, x, dw)
+    assert_same_bits(dx, expected_dx, "dx")
+    assert_same_bits(dw, expected_dw, "dw")
+
+
+def test_linear_adds_segments_as_a_balanced_tree():
+    """R2 with values whose sum depends on the order: exact in the interpreter, since every chain has one term."""
+    depth, parts = 2, np.array([2.0**24, 1.0, 1.0, -(2.0**24), 1.0, 2.0**24, 5.0, -(2.0**24)], dtype=np.float32)
+    x = torch.zeros(1, depth * 8, dtype=torch.bfloat16)
+    x[0, ::depth] = torch.from_numpy(parts).bfloat16()
+    y = torch.empty((1, 1))
+    linear.linear(x, torch.ones(1, depth * 8, dtype=torch.bfloat16), None, 8, y)
+    assert_same_bits(y, np.reshape(arith_tree(parts), (1, 1)), "tree")
+    assert arith_tree(parts) != np.cumsum(parts, dtype=np.float32)[-1], "the data tells a tree from a chain"
+
+
+def arith_tree(parts):
+    """Neighbours added in fp32 until one is left."""
+    while len(parts) > 1:
+        parts = (parts[::2] + parts[1::2]).astype(np.float32)
+    return parts[0]
+
+
+def test_linear_beside_nan_rows():
+    x, w = hashed(20, 48, seed=1), hashed(40, 48, seed=2)
+    bad = x.clone()
+    bad[3], bad[17] = NAN, float("inf")
+    clean, dirty = torch.empty(20, 40), torch.empty(20, 40)
+    linear.linear(x, w, None, 1, clean)
+    linear.linear(bad, w, None, 1, dirty)
+    others = [i for i in range(20) if i not in (3, 17)]
+    assert_same_bits(dirty[others], clean[others], "row beside NaN")
+    assert not dirty[[3, 17]].isfinite().any()
+
+
+def test_embedding_and_bias_gradient():
+    ids, w = torch.tensor([[3, 0, 3], [6, 3, 0]]), hashed(7, 130, seed=1, kind="tiny")
+    y = torch.empty((2, 3, 130), dtype=torch.bfloat16)
+    linear.embedding(ids, w, y)
+    assert_same_bits(y, f32(w[ids]), "y")
+    dy, dw = hashed(2, 3, 130, seed=2, kind="cancel"), hashed(7, 130, seed=3).float()
+    db = dw[0].clone()
+    expected = ref_linear.embedding_backward(ids.reshape(-1).numpy(), f32(dy).reshape(6, 130), f32(dw))
+    linear.embedding_dw(ids, dy, dw)
+    assert_same_bits(dw, expected, "dw")
+    expected = f32(db).copy()
+    for row in f32(dy).reshape(6, 130):
+        expected = expected + row
+    linear.bias_grad(dy, db)
+    assert_same_bits(db, expected, "db")
+    with pytest.raises(RuntimeError, match="zerokl::embedding"):
+        linear.embedding(ids - 1, w, y)

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zerokl.kernels.triton import activation, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling
 from zerokl.kernels.triton._math import launch_options
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -29,12 +29,15 @@ FORBIDDEN = {
 }
 
 
-ALIGNED = {"n", "k", "dim", "a_row", "b_row", "a_column", "b_column", "y_row"}
+ALIGNED = {"n", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with one representative configuration. ``stack``: bytes of spilled registers it may have."""
+    """One kernel with one representative configuration. ``matrix``: instruction that tl.dot becomes (none, mma.sync, or the capability's own).
+
+    ``stack``: bytes of spilled registers a thread may have.
+    """
 
     kernel: object
     pointers: str
@@ -43,7 +46,7 @@ class Case:
     constants: dict = field(default_factory=dict)
     warps: int = 4
     stages: int = 1
-    matrix: bool = False
+    matrix: str = "none"
     fma: bool = True
     stack: int = 0
 
@@ -55,7 +58,7 @@ class Case:
         aligned = [
             (i,)
             for i, name in enumerate(self.kernel.arg_names)
-            if signature[name][0] == "*" or name in {"n", "k", "dim"}
+            if name.endswith("_ptr") or name in ALIGNED - self.constants.keys()
         ]
         source = ASTSource(
             fn=self.kernel,
@@ -78,6 +81,27 @@ def resources(cubin: bytes, path: Path) -> tuple[int, int]:
 
 
 FILTER = "temperature_ptr:fp32 cut_ptr:fp32 cut_index_ptr:i64"
+
+
+def matmul_case(block_m: int, block_n: int, block_k: int, warps: int, stages: int, stack: int = 0, **options) -> Case:
+    """The matrix product as linear_config tiles it, k contiguous in both operands unless it is a weight gradient."""
+    small, weight_gradient = options.pop("SMALL", False), options.get("CONTINUE", False)
+    unit = {"a_row": 1, "b_column": 1} if weight_gradient else {"a_column": 1, "b_row": 1}
+    strides = {"a_row", "a_column", "b_row", "b_column"} - unit.keys()
+    flags = {"BIAS": False, "CONTINUE": False, "ROUND": True, "SEGMENTS": 1, "EVEN_K": True, "GROUP": 8}
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return Case(
+        linear.matmul_kernel,
+        f"a_ptr:bf16 b_ptr:bf16 bias_ptr:fp32 y_ptr:{'fp32' if weight_gradient else 'bf16'}",
+        f"m n depth {' '.join(sorted(strides))}",
+        constants={**flags, **unit, **tiles, **options},
+        warps=warps,
+        stages=stages,
+        stack=stack,
+        matrix="mma" if small else "best",
+        fma=False,
+    )
+
 
 CASES = {
     "rms_norm": Case(
@@ -153,6 +177,25 @@ CASES = {
         constants={"BLOCK": 1024},
     ),
     "choose": Case(sampling.choose_kernel, "best_ptr:fp32 where_ptr:i32 token_ptr:i64", warps=1, fma=False),
+    "linear": matmul_case(128, 128, 64, 8, 4),
+    "linear_small": matmul_case(16, 64, 128, 4, 4, SMALL=True),
+    "linear_tree_of_2": matmul_case(64, 128, 64, 8, 3, SEGMENTS=2, BIAS=True),
+    "linear_tree_of_8": matmul_case(64, 128, 64, 8, 3, 8, SEGMENTS=8),
+    "linear_dw": matmul_case(128, 128, 64, 8, 4, CONTINUE=True, ROUND=False),
+    "bias_grad": Case(
+        linear.bias_grad_kernel, "dy_ptr:bf16 db_ptr:fp32", "rows n", constants={"COLUMNS": 128}, warps=1, fma=False
+    ),
+    "embedding": Case(
+        linear.embedding_kernel, "id_ptr:i64 w_ptr:bf16 y_ptr:bf16", "n", constants={"COLUMNS": 1024}, fma=False
+    ),
+    "embedding_dw": Case(
+        linear.embedding_dw_kernel,
+        "id_ptr:i64 order_ptr:i64 dy_ptr:bf16 dw_ptr:fp32",
+        "tokens n",
+        constants={"COLUMNS": 128},
+        warps=1,
+        fma=False,
+    ),
 }
 
 
@@ -165,8 +208,12 @@ def test_ptx(name, capability, tmp_path):
     for what, pattern in FORBIDDEN.items():
         found = re.search(pattern, ptx)
         assert not found, f"{what}: {found.group(0)}"
-    assert bool(re.search(MATRIX[capability], ptx)) == case.matrix
+    wanted = {"none": None, "mma": 80, "best": capability}[case.matrix]
+    present = {generation for generation, pattern in MATRIX.items() if re.search(pattern, ptx)}
+    assert present == ({wanted} if wanted else set())
     assert ("fma.rn.f32" in ptx) == case.fma
+    if wanted:
+        assert re.search(r"cp\.async\.cg\S* .*, 0x10,", ptx), "operands travel in 16-byte pieces"
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     registers, stack = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
     assert stack <= case.stack, f"{stack} bytes of stack, {registers} registers"
