@@ -119,10 +119,7 @@ def matmul_kernel(
     if SEGMENTS > 1:
         acc = _tree(a_at, b_at, depth, a_column, b_row, (BLOCK_M, BLOCK_N), SEGMENTS, BLOCK_K, EVEN_K)
     else:
-        if CONTINUE:
-            acc = tl.load(y_at, mask=mask, other=0.0)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = tl.load(y_at, mask=mask, other=0.0) if CONTINUE else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = _chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K, EVEN_K)
     if BIAS:
         acc = acc + tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]

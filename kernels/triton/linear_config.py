@@ -1,4 +1,4 @@
-"""Tile sizes of the matrix product, by shape alone. The k order is the contract; tiles, warps and stages are not (R1)."""
+"""Tile sizes of the matrix product, by shape alone. The contract is the k order; tiles, warps and stages are free."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Every Triton kernel against the scalar-order reference, in Triton's interpreter. Run by ``test_interpreter.py``.
 
-The interpreter's fma rounds once, and its division and square root are IEEE: cross-device kernels equal the reference in
-every byte. Its ``tl.dot`` multiplies the raw words of bf16 operands, so here a matrix step is the R1 chain of the CPU
-profile instead. What the matrix unit itself computes is not tested; that products chain over ascending k, continue
+The interpreter's fma rounds once, and its division and square root are IEEE: cross-device kernels equal the reference
+in every byte. Its ``tl.dot`` multiplies the raw words of bf16 operands, so here a matrix step is the R1 chain of the
+CPU profile instead. What the matrix unit itself computes is not tested; that products chain over ascending k, continue
 accumulators and add segments as R2 says is, byte by byte.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from data import assert_same_bits, f32, hashed
 
 from zerokl.kernels.reference import activation as ref_activation
 from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import attention as ref_attention
 from zerokl.kernels.reference import linear as ref_linear
 from zerokl.kernels.reference import logprob as ref_logprob
 from zerokl.kernels.reference import norm as ref_norm
 from zerokl.kernels.reference import rotary as ref_rotary
 from zerokl.kernels.reference import sampling as ref_sampling
-from zerokl.kernels.triton import _math, activation, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import _math, activation, attention, linear, logprob, norm, rotary, sampling
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -288,3 +290,82 @@ def test_embedding_and_bias_gradient():
     assert_same_bits(db, expected, "db")
     with pytest.raises(RuntimeError, match="zerokl::embedding"):
         linear.embedding(ids - 1, w, y)
+
+
+def _attention(q, k, v, cu, scale, causal=True, window=0):
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    attention.attention_varlen(q, k, v, torch.tensor(cu, dtype=torch.int32), scale, causal, window, out, lse)
+    return out, lse
+
+
+def _reference_attention(q, k, v, cu, scale, causal=True, window=0):
+    parts = [
+        ref_attention.attention(*(f32(x[a:b]) for x in (q, k, v)), scale=scale, causal=causal, window=window)
+        for a, b in itertools.pairwise(cu)
+        if b > a
+    ]
+    return [np.concatenate(x) for x in zip(*parts, strict=True)]
+
+
+@pytest.fixture
+def attention_inputs():
+    cu = [0, 70, 70, 75, 80]
+    q, k, v = hashed(80, 4, 24, seed=1), hashed(80, 2, 24, seed=2), hashed(80, 2, 24, seed=3)
+    return q * 4, k, v, cu
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
+def test_attention(attention_inputs, causal, window):
+    """Against the CPU profile's reference: that lse agrees bit for bit shows blocks, masks, tree and merge; outputs are
+    close, since only this profile rounds probabilities."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
+    expected, expected_lse = _reference_attention(q, k, v, cu, 0.2, causal, window)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+
+def test_attention_merges_segments(monkeypatch):
+    monkeypatch.setattr(attention, "SEGMENT", tl.constexpr(128))
+    monkeypatch.setattr(ref_attention, "SEGMENT", 128)
+    q, k, v = hashed(300, 1, 16, seed=1) * 4, hashed(300, 1, 16, seed=2), hashed(300, 1, 16, seed=3)
+    out, lse = _attention(q, k, v, [0, 300], 0.3)
+    expected, expected_lse = _reference_attention(q, k, v, [0, 300], 0.3)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_paged_attention_equals_packed(attention_inputs, page_size):
+    """The last queries of each sequence over scattered pages: the bytes of the whole sequence's."""
+    q, k, v, cu = attention_inputs
+    whole, _ = _attention(q, k, v, cu, 0.2)
+    lens, last = [70, 0, 5, 5], [3, 0, 1, 5]
+    width = -(-70 // page_size)
+    order = torch.randperm(4 * width, generator=torch.Generator().manual_seed(1)).int().reshape(4, width)
+    caches = [torch.full((4 * width, page_size, 2, 24), NAN, dtype=torch.bfloat16) for _ in range(2)]
+    rows = []
+    for b, (start, length) in enumerate(zip(cu, lens, strict=False)):
+        for p in range(length):
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache[order[b, p // page_size], p % page_size] = x[start + p]
+        rows += range(start + length - last[b], start + length)
+    out = torch.empty_like(q[rows])
+    args = (order, torch.tensor(lens, dtype=torch.int32), torch.tensor(last, dtype=torch.int32))
+    attention.attention_paged(q[rows], *caches, *args, 0.2, 0, out)
+    assert_same_bits(out, whole[rows], "paged")
+    with pytest.raises(RuntimeError, match="attention_paged"):
+        attention.attention_paged(q[rows], *caches, order + 1, *args[1:], 0.2, 0, out)
+
+
+def test_attention_does_not_see_later_nan(attention_inputs):
+    q, k, v, cu = attention_inputs
+    clean, _ = _attention(q, k, v, cu, 0.2)
+    for spoilt in range(3):
+        inputs = [q.clone(), k.clone(), v.clone()]
+        inputs[spoilt][40], inputs[spoilt][60] = NAN, float("inf")
+        out, _ = _attention(*inputs, cu, 0.2)
+        others = [i for i in range(80) if (i not in (40, 60) if spoilt == 0 else (i < 40 or i >= 70))]
+        assert_same_bits(out[others], clean[others], "row that does not see it")
+        assert out[40].isnan().all()
+        assert spoilt == 0 or out[40:70].isnan().all()

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import activation, attention, linear, logprob, norm, rotary, sampling
 from zerokl.kernels.triton._math import launch_options
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -34,8 +34,9 @@ ALIGNED = {"n", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with one representative configuration. ``matrix``: instruction that tl.dot becomes (none, mma.sync, or the capability's own).
+    """One kernel with one representative configuration.
 
+    ``matrix``: the instruction tl.dot becomes: none, mma (mma.sync everywhere) or best (the capability's own).
     ``stack``: bytes of spilled registers a thread may have.
     """
 
@@ -55,11 +56,8 @@ class Case:
         types |= dict.fromkeys(self.integers.split(), "i32") | dict.fromkeys(self.floats.split(), "fp32")
         types |= dict.fromkeys(self.constants, "constexpr")
         signature = {name: types[name] for name in self.kernel.arg_names}
-        aligned = [
-            (i,)
-            for i, name in enumerate(self.kernel.arg_names)
-            if name.endswith("_ptr") or name in ALIGNED - self.constants.keys()
-        ]
+        aligned = ALIGNED - self.constants.keys()
+        aligned = [(i,) for i, name in enumerate(signature) if name.endswith("_ptr") or name in aligned]
         source = ASTSource(
             fn=self.kernel,
             signature=signature,
@@ -100,6 +98,21 @@ def matmul_case(block_m: int, block_n: int, block_k: int, warps: int, stages: in
         stack=stack,
         matrix="mma" if small else "best",
         fma=False,
+    )
+
+
+def attention_case(rows: int, warps: int, matrix: str, stack: int = 0, **options) -> Case:
+    """The attention forward at head dim 128."""
+    return Case(
+        attention.attention_kernel,
+        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 length_ptr:i32 table_ptr:i32 out_ptr:bf16 lse_ptr:fp32",
+        "sequences kv_heads group dim window page_size max_pages",
+        "c",
+        {"PAGED": False, "CAUSAL": True, "ROWS": rows, "DIM": 128, **options},
+        warps=warps,
+        stages=2,
+        matrix=matrix,
+        stack=stack,
     )
 
 
@@ -181,7 +194,7 @@ CASES = {
     "linear_small": matmul_case(16, 64, 128, 4, 4, SMALL=True),
     "linear_tree_of_2": matmul_case(64, 128, 64, 8, 3, SEGMENTS=2, BIAS=True),
     "linear_tree_of_8": matmul_case(64, 128, 64, 8, 3, 8, SEGMENTS=8),
-    "linear_dw": matmul_case(128, 128, 64, 8, 4, CONTINUE=True, ROUND=False),
+    "linear_dw": matmul_case(128, 128, 64, 8, 4, 24, CONTINUE=True, ROUND=False),
     "bias_grad": Case(
         linear.bias_grad_kernel, "dy_ptr:bf16 db_ptr:fp32", "rows n", constants={"COLUMNS": 128}, warps=1, fma=False
     ),
@@ -196,6 +209,8 @@ CASES = {
         warps=1,
         fma=False,
     ),
+    "attention_varlen": attention_case(64, 4, "best"),
+    "attention_paged": attention_case(16, 4, "mma", PAGED=True),
 }
 
 
