@@ -55,17 +55,16 @@ def visible(position, keys, CAUSAL: tl.constexpr, window):
 
 @triton.jit
 def add_weighted(weight, seen, value, acc):
-    """acc + bf16(weight) value. A value that is not finite makes NaN of the rows that see it and of no others (R0).
+    """acc [R, D] + bf16(weight [R, N]) value [N, D]; a row that sees a value which is not finite becomes NaN (R0).
 
-    Without the detour an unseen NaN would count: its weight is 0, and 0 NaN is NaN.
+    Without this an unseen NaN would count: its weight is 0, and 0 NaN is NaN.
     """
-    exponent = value.to(tl.uint16, bitcast=True) & 0x7F80
-    if tl.max(exponent.to(tl.int32)) == 0x7F80:
-        finite = exponent != 0x7F80
-        bad = tl.where(finite, 0.0, 1.0).to(tl.bfloat16)
-        touched = tl.dot(tl.where(seen, 1.0, 0.0).to(tl.bfloat16), bad) > 0.0
-        acc = tl.where(touched, float("nan"), acc)
-        value = tl.where(finite, value.to(tl.uint16, bitcast=True), 0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    bits = value.to(tl.uint16, bitcast=True)
+    special = (bits & 0x7F80) == 0x7F80
+    bad = tl.max(special.to(tl.int32), axis=1)
+    touched = tl.max(tl.where(seen, bad[None, :], 0), axis=1)
+    acc = tl.where(touched[:, None] > 0, float("nan"), acc)
+    value = tl.where(special, 0, bits).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.dot(to_bf16(weight), value, acc)
 
 
@@ -107,8 +106,9 @@ def attention_kernel(
 ):
     """Program (row tile, key head): out bf16, and unless PAGED lse fp32, of ROWS rows.
 
-    c = scale log2e. start [B + 1] int32: first query row of each sequence. PAGED: keys lie at page table[b, p // page_size], length [B]
-    of them, the queries being the last; otherwise keys are packed like queries. DIM: dim up to a power of two.
+    c = scale log2e. start [B + 1] int32: first query row of each sequence. PAGED: keys lie at page
+    table[b, p // page_size], length [B] of them, the queries being the last; otherwise keys are packed like queries.
+    DIM: dim up to a power of two.
     """
     sequence, tile = find_tile(start_ptr, sequences, group, ROWS)
     if sequence >= sequences:

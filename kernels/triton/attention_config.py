@@ -15,17 +15,7 @@ class AttentionConfig:
 
 
 def forward_config(rows: int, dim: int) -> AttentionConfig:
-    """``rows``: average rows of a sequence. Decoding fills 16 rows at most; two fp32 outputs of a row are alive."""
+    """``rows``: average rows of a sequence. Decoding takes 16; otherwise two fp32 outputs of [rows, dim] are alive."""
     if rows <= 16:
         return AttentionConfig(16, 4, 2)
-    return AttentionConfig(64, 4 if dim <= 128 else 8, 2)
-
-
-def query_gradient_config(dim: int) -> AttentionConfig:
-    """One fp32 gradient of [rows, dim] is alive."""
-    return AttentionConfig(64, 4 if dim <= 64 else 8, 2)
-
-
-def key_gradient_config(dim: int) -> AttentionConfig:
-    """Two fp32 gradients of [64, dim] are alive; rows are walked 32 at a time."""
-    return AttentionConfig(32, 4 if dim <= 64 else 8, 2)
+    return AttentionConfig(64, 4, 2) if dim <= 64 else AttentionConfig(128, 8, 2)

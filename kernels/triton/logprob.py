@@ -15,7 +15,8 @@ import triton.language as tl
 from .. import contract
 from ._check import check_index
 from ._math import LANES, LN2, exp, fold, launch_options, log2, to_bf16
-from .logprob_config import elementwise_config, segment_config
+from .linear import matmul
+from .logprob_config import elementwise_config, rows_at_once, segment_config
 
 SEGMENTS = tl.constexpr(contract.VOCAB_SEGMENTS)
 _INF = tl.constexpr(float("inf"))
@@ -335,3 +336,94 @@ def logprob_from_logits(
         return
     check_index("logprob_from_logits", targets, logits.shape[1])
     score(logits, targets, find_filter(logits, temperature, top_p, top_k), logprob, entropy)
+
+
+def selected_logprob(
+    hidden: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor | None,
+    state: torch.Tensor,
+    cut: torch.Tensor,
+    cut_index: torch.Tensor,
+) -> None:
+    """``zerokl::selected_logprob``: hidden bf16 [T, H], w bf16 [V, H]; fills all that follows.
+
+    Logits exist for a block of rows and one segment of the vocabulary at a time; whole rows only if one is filtered.
+    """
+    (rows, _), vocab = hidden.shape, w.shape[0]
+    check_index("selected_logprob", targets, vocab)
+    filtered = filters(top_p, top_k, vocab)
+    width = segment_width(vocab)
+    block = rows_at_once(vocab if filtered else width)
+    logits = torch.empty(min(block, rows) * (vocab if filtered else width), dtype=torch.float32, device=hidden.device)
+    for first in range(0, rows, block):
+        part = slice(first, min(first + block, rows))
+        count = part.stop - first
+        scores = Scores(targets[part], vocab)
+        if filtered:
+            z = logits[: count * vocab].view(count, vocab)
+            matmul(hidden[part], w.t(), z)
+            filter = find_filter(z, temperature[part], top_p[part], top_k[part])
+            scores.add(z, filter, 0, contract.VOCAB_SEGMENTS, entropy is not None)
+        else:
+            filter = Filter.of(temperature[part], vocab)
+            for segment in range(contract.VOCAB_SEGMENTS):
+                columns = w[segment * width : (segment + 1) * width]
+                z = logits[: count * columns.shape[0]].view(count, columns.shape[0])
+                matmul(hidden[part], columns.t(), z)
+                scores.add(z, filter, segment, 1, entropy is not None)
+        scores.merge(logprob[part], None if entropy is None else entropy[part])
+        state[part], cut[part], cut_index[part] = scores.state, filter.cut, filter.cut_index
+
+
+def selected_logprob_backward(
+    hidden: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    state: torch.Tensor,
+    cut: torch.Tensor,
+    cut_index: torch.Tensor,
+    grad: torch.Tensor,
+    dhidden: torch.Tensor | None,
+    dw: torch.Tensor | None,
+) -> None:
+    """``zerokl::selected_logprob_backward``: recomputes the logits by segment; fp32 dhidden chains over the vocabulary,
+    fp32 dw over tokens, both continuing what they hold."""
+    (rows, _), vocab = hidden.shape, w.shape[0]
+    width = segment_width(vocab)
+    block = rows_at_once(width)
+    config = elementwise_config()
+    logits = torch.empty(min(block, rows) * width, dtype=torch.float32, device=hidden.device)
+    gradient = torch.empty(min(block, rows) * width, dtype=torch.bfloat16, device=hidden.device)
+    for first in range(0, rows, block):
+        part = slice(first, min(first + block, rows))
+        count = part.stop - first
+        for begin in range(0, vocab, width):
+            columns = w[begin : begin + width]
+            n = columns.shape[0]
+            z, dz = logits[: count * n].view(count, n), gradient[: count * n].view(count, n)
+            matmul(hidden[part], columns.t(), z)
+            gradient_kernel[count, triton.cdiv(n, config.block)](
+                z,
+                temperature[part],
+                cut[part],
+                cut_index[part],
+                targets[part],
+                state[part],
+                grad[part],
+                dz,
+                begin,
+                n,
+                BLOCK=config.block,
+                **launch_options(config.num_warps),
+            )
+            if dhidden is not None:
+                matmul(dz, columns, dhidden[part], add=True)
+            if dw is not None:
+                matmul(dz.t(), hidden[part], dw[begin : begin + width], add=True)

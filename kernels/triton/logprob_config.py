@@ -30,3 +30,11 @@ def segment_config(rows: int) -> SegmentConfig:
 def elementwise_config() -> ElementwiseConfig:
     """Two vectors of 16 bytes a thread."""
     return ElementwiseConfig(1024, 4)
+
+
+def rows_at_once(columns: int) -> int:
+    """Rows whose fp32 logits of ``columns`` fill about 32 MiB, which stays in L2: whole tiles of 128.
+
+    A multiple of 16 keeps the weight gradient's chain over tokens what it is in one piece (its steps are 16 deep).
+    """
+    return max(128, (32 << 20) // (4 * columns) // 128 * 128)

@@ -369,3 +369,33 @@ def test_attention_does_not_see_later_nan(attention_inputs):
         assert_same_bits(out[others], clean[others], "row that does not see it")
         assert out[40].isnan().all()
         assert spoilt == 0 or out[40:70].isnan().all()
+
+
+@pytest.mark.parametrize("cases", [FILTERS, [(1.0, 1.0, 0), (0.6, 1.0, 0)]])
+def test_selected_logprob(cases, monkeypatch):
+    """The fused head equals linear, then log-probabilities from logits, in forward and backward, and the reference."""
+    monkeypatch.setattr(logprob, "rows_at_once", lambda _: 2)
+    rows, vocab, width = len(cases), 150, 32
+    hidden, w = hashed(rows, width, seed=1) * 3, hashed(vocab, width, seed=2)
+    targets = torch.tensor([i * 31 % vocab for i in range(rows)])
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*cases, strict=True))
+    got, entropy, state, cut = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2), torch.empty(rows)
+    cut_index = torch.empty(rows, dtype=torch.int64)
+    sampling_args = (temperature, top_p, top_k.int())
+    logprob.selected_logprob(hidden, w, targets, *sampling_args, got, entropy, state, cut, cut_index)
+    logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
+    expected = [ref_logprob.logprob_row(logits[r], int(targets[r]), *cases[r]) for r in range(rows)]
+    assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
+    grad, dhidden, dw = hashed(rows, seed=3).float(), torch.zeros(rows, width), hashed(vocab, width, seed=4).float()
+    dz = np.stack(
+        [ref_logprob.logits_gradient(logits[r], int(targets[r]), float(grad[r]), *cases[r]) for r in range(rows)]
+    )
+    # each vocabulary segment of 19 columns is a chain of its own length, padded to whole steps
+    expected_dh = np.zeros((rows, width), dtype=np.float32)
+    for first in range(0, vocab, 19):
+        expected_dh = arith.chain(dz[:, first : first + 19], f32(w)[first : first + 19], expected_dh)
+    expected_dw = arith.chain(dz.T, f32(hidden), dw.numpy())
+    logprob.selected_logprob_backward(hidden, w, targets, temperature, state, cut, cut_index, grad, dhidden, dw)
+    assert_same_bits(dhidden, expected_dh, "dhidden")
+    assert_same_bits(dw, expected_dw, "dw")
