@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,19 @@ import torch
 _LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 
 
-def load_library() -> None:
-    """Load the compiled operators. Raises ImportError if they were not built."""
+def load_library() -> tuple[str, ...]:
+    """Load the operators; returns the device types they run on. Raises ImportError if they were not built."""
     if not _LIBRARY.exists():
         raise ImportError(
             "zerokl's compiled operators are missing; build them with `make install` (or `pip install -e .`)"
         )
     torch.ops.load_library(str(_LIBRARY))
+    if not (torch.cuda.is_available() and find_spec("triton")):
+        return ("cpu",)
+    from ..triton import register
+
+    register()
+    return ("cpu", "cuda")
 
 
 class _Operators:
@@ -28,7 +35,7 @@ class _Operators:
         return overload
 
 
-load_library()
+DEVICES = load_library()
 ops = _Operators()
 
 
@@ -43,21 +50,37 @@ def check(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"zerokl.kernels.{op}: {message}")
 
 
-def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
-    """Every given tensor is bf16 and on the CPU."""
+def check_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every given tensor is on one device, and this process has kernels for it."""
+    device = None
     for name, t in tensors.items():
         if t is None:
             continue
-        check(t.dtype == torch.bfloat16, op, f"{name} is {t.dtype}; supported: torch.bfloat16")
-        check(t.device.type == "cpu", op, f"{name} is on {t.device}; supported: cpu")
+        device = device or t.device
+        check(t.device == device, op, f"{name} is on {t.device}, other arguments on {device}; move them to one device")
+        check(
+            t.device.type in DEVICES,
+            op,
+            f"{name} is on {t.device}; supported: {', '.join(DEVICES)} (cuda needs a GPU that torch sees and triton)",
+        )
 
 
-def per_row(value: torch.Tensor | float, rows: int, dtype: torch.dtype, op: str, name: str) -> torch.Tensor:
-    """A scalar or [rows] tensor as a contiguous [rows] tensor of dtype."""
+def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every given tensor is bf16, all on one supported device."""
+    for name, t in tensors.items():
+        if t is not None:
+            check(t.dtype == torch.bfloat16, op, f"{name} is {t.dtype}; supported: torch.bfloat16")
+    check_device(op, **tensors)
+
+
+def per_row(
+    value: torch.Tensor | float, rows: int, dtype: torch.dtype, device: torch.device, op: str, name: str
+) -> torch.Tensor:
+    """A scalar or [rows] tensor as a contiguous [rows] tensor of dtype on device."""
     if isinstance(value, torch.Tensor):
         check(value.shape == (rows,), op, f"{name} has shape {tuple(value.shape)}; expected ({rows},)")
-        return value.to(dtype).contiguous()
-    return torch.full((rows,), value, dtype=dtype)
+        return value.to(device, dtype).contiguous()
+    return torch.full((rows,), value, dtype=dtype, device=device)
 
 
 class WeightGrad:
@@ -76,7 +99,9 @@ class WeightGrad:
             )
         self._weight = weight
         self._fused = main is not None
-        self.buffer: torch.Tensor = main if main is not None else torch.zeros(weight.shape, dtype=torch.float32)
+        self.buffer: torch.Tensor = (
+            main if main is not None else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        )
 
     def result(self) -> torch.Tensor:
         """What autograd gets."""
@@ -84,4 +109,4 @@ class WeightGrad:
             return self.buffer.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         # one element, expanded: autograd needs the shape, nobody reads the values
-        return torch.zeros(1, dtype=self._weight.dtype).expand(self._weight.shape)
+        return torch.zeros(1, dtype=self._weight.dtype, device=self._weight.device).expand(self._weight.shape)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._common import check, check_bf16, ops
+from ._common import check, check_bf16, check_device, ops
 
 
 class _AttentionVarlen(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _AttentionVarlen(torch.autograd.Function):
         window: int,
     ) -> torch.Tensor:
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         ops.attention_varlen(q, k, v, cu, scale, causal, window, out, lse)
         ctx.save_for_backward(q, k, v, cu, out, lse)
         ctx.options = (scale, causal, window)
@@ -80,6 +80,7 @@ def attention_varlen(
     """
     op = "attention_varlen"
     check_bf16(op, q=q, k=k, v=v)
+    check_device(op, q=q, cu_seqlens=cu_seqlens)
     check(
         k.dim() == 3 and k.shape == v.shape and k.shape[0] == q.shape[0],
         op,
@@ -125,6 +126,7 @@ def attention_paged(
     """
     op = "attention_paged"
     check_bf16(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    check_device(op, q=q, page_table=page_table, seq_lens=seq_lens, q_lens=q_lens)
     check(k_cache.dim() == 4 and k_cache.shape == v_cache.shape, op, "caches must be [pages, page_size, Hk, D]")
     width = _check_heads(op, q, k_cache.shape[2], k_cache.shape[3], window, sinks)
     check(
@@ -132,7 +134,7 @@ def attention_paged(
         op,
         "page_table [B, n], seq_lens [B] and q_lens [B] disagree",
     )
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     table, lens, queries = (t.to(torch.int32).contiguous() for t in (page_table, seq_lens, q_lens))
     ops.attention_paged(q.contiguous(), k_cache, v_cache, table, lens, queries, scale, width, out)
     return out

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, ops, per_row
+from ._common import WeightGrad, check, check_bf16, check_device, ops, per_row
 
 
 class SelectedLogprob(NamedTuple):
@@ -29,10 +29,10 @@ class _SelectedLogprob(torch.autograd.Function):
         with_entropy: bool,
     ) -> Any:
         rows = hidden.shape[0]
-        logprob = torch.empty(rows, dtype=torch.float32)
-        entropy = torch.empty(rows, dtype=torch.float32) if with_entropy else None
-        state = torch.empty((rows, 2), dtype=torch.float32)
-        cut, cut_index = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        logprob = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprob) if with_entropy else None
+        state = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
+        cut, cut_index = torch.empty_like(logprob), torch.empty_like(targets)
         ops.selected_logprob(hidden, w, targets, temperature, top_p, top_k, logprob, entropy, state, cut, cut_index)
         ctx.save_for_backward(hidden, w, targets, temperature, state, cut, cut_index)
         ctx.weight = w
@@ -43,7 +43,7 @@ class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogprob: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, w, *rest = ctx.saved_tensors
-        dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None
         ops.selected_logprob_backward(
             hidden, w, *rest, dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer
@@ -91,6 +91,7 @@ def selected_logprob(
     """
     op = "selected_logprob"
     check_bf16(op, hidden=hidden, w=w)
+    check_device(op, hidden=hidden, targets=targets)
     check(
         hidden.dim() == 2 and w.dim() == 2 and hidden.shape[1] == w.shape[1],
         op,
@@ -99,9 +100,9 @@ def selected_logprob(
     check(targets.shape == hidden.shape[:1], op, f"targets {tuple(targets.shape)}; expected ({hidden.shape[0]},)")
     rows = hidden.shape[0]
     t, p, k = (
-        per_row(temperature, rows, torch.float32, op, "temperature"),
-        per_row(top_p, rows, torch.float32, op, "top_p"),
-        per_row(top_k, rows, torch.int32, op, "top_k"),
+        per_row(temperature, rows, torch.float32, hidden.device, op, "temperature"),
+        per_row(top_p, rows, torch.float32, hidden.device, op, "top_p"),
+        per_row(top_k, rows, torch.int32, hidden.device, op, "top_k"),
     )
     _check_sampling(op, t, p)
     return SelectedLogprob(
@@ -124,14 +125,15 @@ def logprob_from_logits(
         op,
         f"logits must be fp32 [T, V], got {logits.dtype} {tuple(logits.shape)}",
     )
+    check_device(op, logits=logits, targets=targets)
     check(targets.shape == logits.shape[:1], op, f"targets {tuple(targets.shape)}; expected ({logits.shape[0]},)")
     rows = logits.shape[0]
     t, p, k = (
-        per_row(temperature, rows, torch.float32, op, "temperature"),
-        per_row(top_p, rows, torch.float32, op, "top_p"),
-        per_row(top_k, rows, torch.int32, op, "top_k"),
+        per_row(temperature, rows, torch.float32, logits.device, op, "temperature"),
+        per_row(top_p, rows, torch.float32, logits.device, op, "top_p"),
+        per_row(top_k, rows, torch.int32, logits.device, op, "top_k"),
     )
     _check_sampling(op, t, p)
-    out = torch.empty(rows, dtype=torch.float32)
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     ops.logprob_from_logits(logits.contiguous(), targets.to(torch.int64).contiguous(), t, p, k, out, None)
     return out
