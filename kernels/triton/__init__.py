@@ -11,9 +11,10 @@ from functools import wraps
 
 import torch
 
-from . import activation, attention, linear, logprob, norm, rotary, sampling
+from . import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
 
 KERNELS: dict[str, Callable[..., None]] = {
+    "attention_backward": attention_backward.attention_backward,
     "attention_paged": attention.attention_paged,
     "attention_varlen": attention.attention_varlen,
     "bias_grad": linear.bias_grad,

@@ -19,3 +19,18 @@ def forward_config(rows: int, dim: int) -> AttentionConfig:
     if rows <= 16:
         return AttentionConfig(16, 4, 2)
     return AttentionConfig(64, 4, 2) if dim <= 64 else AttentionConfig(128, 8, 2)
+
+
+def query_gradient_config(dim: int) -> AttentionConfig:
+    """One fp32 gradient of [rows, dim] is alive."""
+    return AttentionConfig(64, 4 if dim <= 64 else 8, 2)
+
+
+def key_gradient_config(dim: int) -> AttentionConfig:
+    """Two fp32 gradients of [64, dim] are alive."""
+    return AttentionConfig(32, 4 if dim <= 64 else 8, 2)
+
+
+def delta_config() -> AttentionConfig:
+    """A thread walks one row; neighbouring dimensions share its cache line."""
+    return AttentionConfig(32, 1, 1)

@@ -26,7 +26,17 @@ from zerokl.kernels.reference import logprob as ref_logprob
 from zerokl.kernels.reference import norm as ref_norm
 from zerokl.kernels.reference import rotary as ref_rotary
 from zerokl.kernels.reference import sampling as ref_sampling
-from zerokl.kernels.triton import _math, activation, attention, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import (
+    _math,
+    activation,
+    attention,
+    attention_backward,
+    linear,
+    logprob,
+    norm,
+    rotary,
+    sampling,
+)
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -399,3 +409,56 @@ def test_selected_logprob(cases, monkeypatch):
     logprob.selected_logprob_backward(hidden, w, targets, temperature, state, cut, cut_index, grad, dhidden, dw)
     assert_same_bits(dhidden, expected_dh, "dhidden")
     assert_same_bits(dw, expected_dw, "dw")
+
+
+def _attention_gradients(q, k, v, cu, out, lse, dout, scale, causal=True, window=0):
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    cu = torch.tensor(cu, dtype=torch.int32)
+    attention_backward.attention_backward(q, k, v, cu, scale, causal, window, out, lse, dout, *grads)
+    return grads
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
+def test_attention_backward(attention_inputs, causal, window):
+    """Close to the CPU profile's reference; only this profile rounds p and ds."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
+    dout = hashed(*q.shape, seed=4)
+    got = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2, causal, window)
+    for a, b in itertools.pairwise(cu):
+        if b > a:
+            parts = [f32(x[a:b]) for x in (q, k, v, out, lse, dout)]
+            expected = ref_attention.attention_backward(*parts, scale=0.2, causal=causal, window=window)
+            for name, x, y in zip("qkv", got, expected, strict=True):
+                assert np.abs(f32(x[a:b]) - y).max() < 2.0**-7 * max(1, np.abs(y).max()), f"d{name}"
+
+
+def test_attention_backward_equals_reference_where_rounding_is_exact():
+    """One key: p = 1 and ds = 0, so the order over (query, head) decides every bit of dv."""
+    q, k, v = hashed(40, 4, 16, seed=1), hashed(40, 1, 16, seed=2), hashed(40, 1, 16, seed=3)
+    out, lse = _attention(q, k, v, [0, 40], 0.2, window=1)
+    dout = hashed(40, 4, 16, seed=4, kind="wide")
+    _, _, dv = _attention_gradients(q, k, v, [0, 40], out, lse, dout, 0.2, window=1)
+    pairs = [arith.chain(np.ones((1, 4), dtype=np.float32), f32(dout[t])) for t in range(40)]
+    assert_same_bits(dv, arith.bf16(np.stack(pairs)), "dv")
+
+
+def test_attention_backward_beside_nan(attention_inputs):
+    """Sequences that do not hold the NaN keep their gradients, and so do queries before a spoilt key."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2)
+    dout = hashed(*q.shape, seed=4)
+    clean = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2)
+    for spoilt in range(4):
+        inputs = [q.clone(), k.clone(), v.clone(), dout.clone()]
+        inputs[spoilt][40] = NAN
+        q2, k2, v2, dout2 = inputs
+        out, lse = _attention(q2, k2, v2, cu, 0.2)
+        dq, dk, dv = _attention_gradients(q2, k2, v2, cu, out, lse, dout2, 0.2)
+        for got, expected in zip((dq, dk, dv), clean, strict=True):
+            assert_same_bits(got[70:], expected[70:], "other sequences")
+        assert_same_bits(dq[:40], clean[0][:40], "earlier queries")
+        if spoilt in (0, 3):
+            # a query's NaN reaches the keys it sees, none behind it
+            assert_same_bits(dk[41:], clean[1][41:], "later keys")
+            assert dv[:41].isnan().all()

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zerokl.kernels.triton import activation, attention, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
 from zerokl.kernels.triton._math import launch_options
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -116,6 +116,21 @@ def attention_case(rows: int, warps: int, matrix: str, stack: int | tuple[int, i
     )
 
 
+def gradient_case(kernel: object, outputs: str, rows: int, stack: int | tuple[int, int, int] = 0) -> Case:
+    """A gradient of attention at head dim 128."""
+    return Case(
+        kernel,
+        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 lse_ptr:fp32 delta_ptr:fp32 dout_ptr:bf16 " + outputs,
+        "sequences kv_heads group dim window",
+        "c scale",
+        {"CAUSAL": True, "ROWS": rows, "DIM": 128},
+        warps=8,
+        stages=2,
+        matrix="best",
+        stack=stack,
+    )
+
+
 CASES = {
     "rms_norm": Case(
         norm.rms_norm_kernel,
@@ -211,6 +226,17 @@ CASES = {
     ),
     "attention_varlen": attention_case(128, 8, "best", stack=(2000, 208, 896)),
     "attention_paged": attention_case(16, 4, "mma", PAGED=True),
+    "delta": Case(
+        attention_backward.delta_kernel,
+        "dout_ptr:bf16 out_ptr:bf16 delta_ptr:fp32",
+        "rows dim",
+        constants={"ROWS": 32},
+        warps=1,
+    ),
+    "query_gradient": attention_backward_case(attention_backward.query_gradient_kernel, "dq_ptr:bf16", 64, stack=48),
+    "key_gradient": attention_backward_case(
+        attention_backward.key_gradient_kernel, "dk_ptr:bf16 dv_ptr:bf16", 32, stack=152
+    ),
 }
 
 
