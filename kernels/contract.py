@@ -77,12 +77,21 @@ class Profile:
     name: str
     linear: str
     attention_exp2: str
+    attention_weights: str
 
 
 CPU = Profile(
     name="cpu-bf16-pairs",
     linear="fp32 chain over ascending pairs of k, odd k first, subnormals flushed",
     attention_exp2="polynomial",
+    attention_weights="fp32",
+)
+
+SM90 = Profile(
+    name="sm90-bf16",
+    linear="one fp32 accumulator through bf16 matrix steps of 16 ascending k, K zero-padded to whole steps",
+    attention_exp2="polynomial",
+    attention_weights="rounded once to bf16 before each product, not before their sum",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,8 @@ _NAMESPACE = "zerokl::"
 _LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 
 
-def load_library() -> SimpleNamespace:
-    """Load the compiled operators and return them by name. Raises ImportError if they were not built.
+def load_library() -> tuple[SimpleNamespace, tuple[str, ...]]:
+    """The operators by name, and the device types they run on. Raises ImportError if they were not built.
 
     Resolving the overloads once saves half of a call's overhead. Every op writes into tensors it is given, so its fake
     (what torch.compile traces) does nothing.
@@ -27,10 +28,17 @@ def load_library() -> SimpleNamespace:
     for name in names:
         if name != "set_isa":  # a test hook that takes no tensor
             torch.library.register_fake(_NAMESPACE + name, lambda *_: None)
-    return SimpleNamespace(**{name: getattr(torch.ops.zerokl, name).default for name in names})
+    operators = SimpleNamespace(**{name: getattr(torch.ops.zerokl, name).default for name in names})
+    if not (torch.cuda.is_available() and find_spec("triton")):
+        return operators, ("cpu",)
+    from ..triton import register
+
+    register()
+    return operators, ("cpu", "cuda")
 
 
-ops: Any = load_library()
+ops: Any
+ops, DEVICES = load_library()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -44,21 +52,37 @@ def check(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"zerokl.kernels.{op}: {message}")
 
 
-def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
-    """Every given tensor is bf16 and on the CPU."""
+def check_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every given tensor is on one device, and this process has kernels for it."""
+    device = None
     for name, t in tensors.items():
         if t is None:
             continue
-        check(t.dtype == torch.bfloat16, op, f"{name} is {t.dtype}; supported: torch.bfloat16")
-        check(t.device.type == "cpu", op, f"{name} is on {t.device}; supported: cpu")
+        device = device or t.device
+        check(t.device == device, op, f"{name} is on {t.device}, other arguments on {device}; move them to one device")
+        check(
+            t.device.type in DEVICES,
+            op,
+            f"{name} is on {t.device}; supported: {', '.join(DEVICES)} (cuda needs a GPU that torch sees and triton)",
+        )
 
 
-def per_row(value: torch.Tensor | float, rows: int, dtype: torch.dtype, op: str, name: str) -> torch.Tensor:
-    """A scalar or [rows] tensor as a contiguous [rows] tensor of dtype."""
+def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
+    """Every given tensor is bf16, all on one supported device."""
+    for name, t in tensors.items():
+        if t is not None:
+            check(t.dtype == torch.bfloat16, op, f"{name} is {t.dtype}; supported: torch.bfloat16")
+    check_device(op, **tensors)
+
+
+def per_row(
+    value: torch.Tensor | float, rows: int, dtype: torch.dtype, device: torch.device, op: str, name: str
+) -> torch.Tensor:
+    """A scalar or [rows] tensor as a contiguous [rows] tensor of dtype on device."""
     if isinstance(value, torch.Tensor):
         check(value.shape == (rows,), op, f"{name} has shape {tuple(value.shape)}; expected ({rows},)")
-        return value.to(dtype).contiguous()
-    return torch.full((rows,), value, dtype=dtype)
+        return value.to(device, dtype).contiguous()
+    return torch.full((rows,), value, dtype=dtype, device=device)
 
 
 class WeightGrad:
@@ -77,7 +101,9 @@ class WeightGrad:
             )
         self._weight = weight
         self._fused = main is not None
-        self.buffer: torch.Tensor = main if main is not None else torch.zeros(weight.shape, dtype=torch.float32)
+        self.buffer: torch.Tensor = (
+            main if main is not None else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        )
 
     def result(self) -> torch.Tensor:
         """What autograd gets."""
@@ -85,4 +111,4 @@ class WeightGrad:
             return self.buffer.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         # one element, expanded: autograd needs the shape, nobody reads the values
-        return torch.zeros(1, dtype=self._weight.dtype).expand(self._weight.shape)
+        return torch.zeros(1, dtype=self._weight.dtype, device=self._weight.device).expand(self._weight.shape)

@@ -10,7 +10,7 @@ from ._common import check, check_bf16, needs_grad, ops
 
 
 def _silu_and_mul(x: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
     ops.silu_and_mul(x, row_weight, y)
     return y
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._common import check, check_bf16, ops
+from ._common import check, check_bf16, check_device, ops
 
 
 class _AttentionVarlen(torch.autograd.Function):
@@ -22,8 +22,8 @@ class _AttentionVarlen(torch.autograd.Function):
         window: int,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         ops.attention_varlen(q, k, v, cu, scale, causal, window, sinks, out, lse)
         ctx.save_for_backward(q, k, v, cu, sinks, out, lse)
         ctx.options = (scale, causal, window)
@@ -89,6 +89,7 @@ def attention_varlen(
     """
     op = "attention_varlen"
     check_bf16(op, q=q, k=k, v=v)
+    check_device(op, q=q, cu_seqlens=cu_seqlens)
     check(
         k.dim() == v.dim() == 3 and k.shape[:2] == v.shape[:2] and k.shape[0] == q.shape[0],
         op,
@@ -130,6 +131,7 @@ def attention_paged(
     """
     op = "attention_paged"
     check_bf16(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    check_device(op, q=q, page_table=page_table, seq_lens=seq_lens, q_lens=q_lens)
     check(
         k_cache.dim() == v_cache.dim() == 4 and k_cache.shape[:3] == v_cache.shape[:3],
         op,
@@ -141,7 +143,7 @@ def attention_paged(
         op,
         "page_table [B, n], seq_lens [B] and q_lens [B] disagree",
     )
-    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype)
+    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
     table, lens, queries = (t.to(torch.int32).contiguous() for t in (page_table, seq_lens, q_lens))
     ops.attention_paged(q.contiguous(), k_cache, v_cache, table, lens, queries, scale, width, sinks, out)
     return out

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, needs_grad, ops
+from ._common import WeightGrad, check, check_bf16, check_device, needs_grad, ops
 
 
 def _linear(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, segments: int, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    y = torch.empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
+    y = torch.empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype, device=x.device)
     ops.linear(x, w, None if bias is None else bias.float(), segments, y)
     return y
 
@@ -90,7 +90,7 @@ def linear(
 
 
 def _embedding(ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    y = torch.empty((*ids.shape, w.shape[1]), dtype=w.dtype)
+    y = torch.empty((*ids.shape, w.shape[1]), dtype=w.dtype, device=w.device)
     ops.embedding(ids, w, y)
     return y
 
@@ -117,6 +117,7 @@ def embedding(ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     RuntimeError for an id outside [0, V).
     """
     check_bf16("embedding", w=w)
+    check_device("embedding", w=w, ids=ids)
     check(
         not ids.dtype.is_floating_point and ids.dtype != torch.bool,
         "embedding",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..contract import VOCAB_SEGMENTS
-from ._common import WeightGrad, check, check_bf16, ops, per_row
+from ._common import WeightGrad, check, check_bf16, check_device, ops, per_row
 from .collective import tree_all_reduce
 
 
@@ -32,10 +32,10 @@ class _SelectedLogprob(torch.autograd.Function):
         with_entropy: bool,
     ) -> Any:
         rows = hidden.shape[0]
-        logprob = torch.empty(rows, dtype=torch.float32)
-        entropy = torch.empty(rows, dtype=torch.float32) if with_entropy else None
-        state = torch.empty((rows, 2), dtype=torch.float32)
-        cut, cut_index = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        logprob = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprob) if with_entropy else None
+        state = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
+        cut, cut_index = torch.empty_like(logprob), torch.empty_like(targets)
         ops.selected_logprob(hidden, w, targets, temperature, top_p, top_k, logprob, entropy, state, cut, cut_index)
         ctx.save_for_backward(hidden, w, targets, temperature, state, cut, cut_index)
         ctx.weight = w
@@ -46,7 +46,7 @@ class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogprob: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, w, *rest = ctx.saved_tensors
-        dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None
         ops.selected_logprob_backward(
             hidden, w, *rest, w.shape[0], 0, 1, dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer
@@ -74,18 +74,13 @@ class _ShardedLogprob(torch.autograd.Function):
     ) -> Any:
         rows, rank, ranks = hidden.shape[0], dist.get_rank(group), dist.get_world_size(group)
         share = (vocabulary, rank, ranks)
-        sums = torch.empty((rows, VOCAB_SEGMENTS // ranks, 3), dtype=torch.float32)
-        hit = torch.empty(rows, dtype=torch.float32)
+        sums = torch.empty((rows, VOCAB_SEGMENTS // ranks, 3), dtype=torch.float32, device=hidden.device)
+        hit = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         ops.logprob_segments(hidden, w, targets, temperature, *share, with_entropy, sums, hit)
-        all_sums, all_hits = (
-            [torch.empty_like(sums) for _ in range(ranks)],
-            [torch.empty_like(hit) for _ in range(ranks)],
-        )
-        dist.all_gather(all_sums, sums, group=group)
-        dist.all_gather(all_hits, hit, group=group)
-        logprob = torch.empty(rows, dtype=torch.float32)
-        entropy = torch.empty(rows, dtype=torch.float32) if with_entropy else None
-        state = torch.empty((rows, 2), dtype=torch.float32)
+        all_sums, all_hits = _gathered(sums, group), _gathered(hit, group)
+        logprob = torch.empty_like(hit)
+        entropy = torch.empty_like(hit) if with_entropy else None
+        state = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
         width = -(-vocabulary // VOCAB_SEGMENTS)
         owner = targets // (width * (VOCAB_SEGMENTS // ranks))  # the rank that holds each target's row of the head
         hit = torch.stack(all_hits).gather(0, owner[None])[0]
@@ -99,10 +94,9 @@ class _ShardedLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogprob: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, w, targets, temperature, state = ctx.saved_tensors
-        dhidden = torch.empty(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None
-        rows = hidden.shape[0]
-        cut, index = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
+        cut, index = torch.full_like(temperature, -torch.inf), torch.zeros_like(targets)
         ops.selected_logprob_backward(
             hidden, w, targets, temperature, state, cut, index, *ctx.share,
             dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer,
@@ -165,6 +159,7 @@ def selected_logprob(
     """
     op = "selected_logprob"
     check_bf16(op, hidden=hidden, w=w)
+    check_device(op, hidden=hidden, targets=targets)
     check(
         hidden.dim() == 2 and w.dim() == 2 and hidden.shape[1] == w.shape[1],
         op,
@@ -173,15 +168,14 @@ def selected_logprob(
     check(targets.shape == hidden.shape[:1], op, f"targets {tuple(targets.shape)}; expected ({hidden.shape[0]},)")
     rows = hidden.shape[0]
     t, p, k = (
-        per_row(temperature, rows, torch.float32, op, "temperature"),
-        per_row(top_p, rows, torch.float32, op, "top_p"),
-        per_row(top_k, rows, torch.int32, op, "top_k"),
+        per_row(temperature, rows, torch.float32, hidden.device, op, "temperature"),
+        per_row(top_p, rows, torch.float32, hidden.device, op, "top_p"),
+        per_row(top_k, rows, torch.int32, hidden.device, op, "top_k"),
     )
     if group is not None:
         ranks = dist.get_world_size(group)
-        check(
-            vocabulary is not None and VOCAB_SEGMENTS % ranks == 0, op, f"{ranks} ranks need vocabulary=...; 1, 2, 4, 8"
-        )
+        check(vocabulary is not None, op, "a group needs vocabulary=..., the size of the whole one")
+        check(VOCAB_SEGMENTS % ranks == 0, op, f"{ranks} ranks; supported: 1, 2, 4, 8")
         check(
             isinstance(top_p, float | int) and top_p == 1 and isinstance(top_k, int) and top_k == 0,
             op,
@@ -212,13 +206,14 @@ def logprob_from_logits(
         op,
         f"logits must be fp32 [T, V], got {logits.dtype} {tuple(logits.shape)}",
     )
+    check_device(op, logits=logits, targets=targets)
     check(targets.shape == logits.shape[:1], op, f"targets {tuple(targets.shape)}; expected ({logits.shape[0]},)")
     rows = logits.shape[0]
     t, p, k = (
-        per_row(temperature, rows, torch.float32, op, "temperature"),
-        per_row(top_p, rows, torch.float32, op, "top_p"),
-        per_row(top_k, rows, torch.int32, op, "top_k"),
+        per_row(temperature, rows, torch.float32, logits.device, op, "temperature"),
+        per_row(top_p, rows, torch.float32, logits.device, op, "top_p"),
+        per_row(top_k, rows, torch.int32, logits.device, op, "top_k"),
     )
-    out = torch.empty(rows, dtype=torch.float32)
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     ops.logprob_from_logits(logits.contiguous(), targets.to(torch.int64).contiguous(), t, p, k, out, None)
     return out

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, needs_grad, ops
+from ._common import WeightGrad, check, check_bf16, check_device, needs_grad, ops
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -54,7 +54,7 @@ class _RouterTopk(torch.autograd.Function):
         groups: Groups,
         options: tuple[bool, bool, float],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = torch.empty(indices.shape, dtype=torch.float32)
+        weights = torch.empty(indices.shape, dtype=torch.float32, device=logits.device)
         sigmoid, renormalize, scale = options
         ops.router_topk(
             logits,
@@ -120,6 +120,7 @@ def router_topk(
         op,
         f"logits must be fp32 [T, E], got {logits.dtype} {tuple(logits.shape)}",
     )
+    check_device(op, logits=logits, bias=bias, replay=replay)
     tokens, experts = logits.shape
     check(1 <= k <= experts, op, f"k={k} of {experts} experts")
     check(scoring in ("softmax", "sigmoid"), op, f"scoring {scoring!r}; supported: softmax, sigmoid")
@@ -136,7 +137,7 @@ def router_topk(
         bias is None or (bias.shape == (experts,) and bias.dtype == torch.float32), op, f"bias must be fp32 [{experts}]"
     )
     if replay is None:
-        indices = torch.empty((tokens, k), dtype=torch.int64)
+        indices = torch.empty((tokens, k), dtype=torch.int64, device=logits.device)
     else:
         check(
             replay.shape == (tokens, k) and not replay.dtype.is_floating_point and replay.dtype != torch.bool,
@@ -161,7 +162,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _gather(x: torch.Tensor, permutation: Permutation) -> torch.Tensor:
-    y = torch.empty((permutation.source.shape[0], x.shape[1]), dtype=x.dtype)
+    y = torch.empty((permutation.source.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     ops.moe_gather(x, permutation.source, permutation.position.shape[1], y)
     return y
 
@@ -169,7 +170,7 @@ def _gather(x: torch.Tensor, permutation: Permutation) -> torch.Tensor:
 def _combine(
     y: torch.Tensor, position: torch.Tensor, weights: torch.Tensor | None, shared: torch.Tensor | None
 ) -> torch.Tensor:
-    out = torch.empty((position.shape[0], y.shape[1]), dtype=y.dtype)
+    out = torch.empty((position.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
     ops.moe_combine(y, position, weights, shared, out)
     return out
 
@@ -191,6 +192,7 @@ def moe_permute(x: torch.Tensor, indices: torch.Tensor, experts: int) -> tuple[t
     """
     op = "moe_permute"
     check_bf16(op, x=x)
+    check_device(op, x=x, indices=indices)
     check(
         x.dim() == 2 and indices.dim() == 2 and indices.shape[0] == x.shape[0],
         op,
@@ -200,9 +202,9 @@ def moe_permute(x: torch.Tensor, indices: torch.Tensor, experts: int) -> tuple[t
     check(experts >= 1, op, f"experts={experts} must be positive")
     rows = indices.numel()
     permutation = Permutation(
-        torch.empty(experts + 1, dtype=torch.int64),
-        torch.empty(rows, dtype=torch.int64),
-        torch.empty(indices.shape, dtype=torch.int64),
+        torch.empty(experts + 1, dtype=torch.int64, device=x.device),
+        torch.empty(rows, dtype=torch.int64, device=x.device),
+        torch.empty(indices.shape, dtype=torch.int64, device=x.device),
     )
     ops.moe_order(indices.to(torch.int64).contiguous(), *permutation)
     x = x.contiguous()
@@ -244,6 +246,7 @@ def moe_combine(
     """
     op, position = "moe_combine", permutation.position
     check_bf16(op, y=y, shared=shared)
+    check_device(op, y=y, weights=weights, position=position)
     check(
         y.dim() == 2 and y.shape[0] == position.numel(),
         op,
@@ -285,7 +288,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, segments: int) -> torch.Tensor:
-    y = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype)
+    y = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
     ops.grouped_linear(x, w, offsets, segments, y)
     return y
 
@@ -307,6 +310,7 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, *, s
     """
     op = "grouped_linear"
     check_bf16(op, x=x, w=w)
+    check_device(op, x=x, offsets=offsets)
     check(
         x.dim() == 2 and w.dim() == 3 and x.shape[1] == w.shape[2],
         op,

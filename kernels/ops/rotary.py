@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._common import check, check_bf16, needs_grad, ops
+from ._common import check, check_bf16, check_device, needs_grad, ops
 
 
 @lru_cache(maxsize=16)
@@ -24,7 +24,7 @@ def rotary_table(max_positions: int, dim: int, base: float) -> torch.Tensor:
 
 def _turn(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, inverse: bool) -> torch.Tensor:
     x = x if x.stride(2) == 1 else x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ops.rotary(x, positions, table, inverse, y)
     return y
 
@@ -60,6 +60,7 @@ def rotary(
         ValueError: unsupported dtype or shape. RuntimeError: a position outside the table.
     """
     check_bf16("rotary", q=q, k=k)
+    check_device("rotary", q=q, positions=positions, table=table)
     check(
         q.dim() == 3 and k.dim() == 3 and q.shape[::2] == k.shape[::2],
         "rotary",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._common import check, ops, per_row
+from ._common import check, check_device, ops, per_row
 
 
 class Sampled(NamedTuple):
@@ -44,21 +44,22 @@ def sample(
         op,
         f"logits must be fp32 [T, V], got {logits.dtype} {tuple(logits.shape)}",
     )
+    check_device(op, logits=logits)
     rows = logits.shape[0]
     t, p, k = (
-        per_row(temperature, rows, torch.float32, op, "temperature"),
-        per_row(top_p, rows, torch.float32, op, "top_p"),
-        per_row(top_k, rows, torch.int32, op, "top_k"),
+        per_row(temperature, rows, torch.float32, logits.device, op, "temperature"),
+        per_row(top_p, rows, torch.float32, logits.device, op, "top_p"),
+        per_row(top_k, rows, torch.int32, logits.device, op, "top_k"),
     )
-    token = torch.empty(rows, dtype=torch.int64)
-    logprob, raw = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprob, raw = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     ops.sample(
         logits.contiguous(),
         t,
         p,
         k,
-        per_row(seed, rows, torch.int64, op, "seed"),
-        per_row(position, rows, torch.int64, op, "position"),
+        per_row(seed, rows, torch.int64, logits.device, op, "seed"),
+        per_row(position, rows, torch.int64, logits.device, op, "position"),
         token,
         logprob,
         raw,

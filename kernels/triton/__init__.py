@@ -1,0 +1,59 @@
+"""The kernels for NVIDIA GPUs, file by file as in ``kernels/cpu``. Importing this package needs triton.
+
+Norm, rotary, activation, embedding, bias gradient, and everything from logits on are cross-device: the CPU backend's
+bits. Matrix products and attention follow profile ``sm90-bf16``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+
+from . import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "attention_backward": attention_backward.attention_backward,
+    "attention_paged": attention.attention_paged,
+    "attention_varlen": attention.attention_varlen,
+    "bias_grad": linear.bias_grad,
+    "embedding": linear.embedding,
+    "embedding_dw": linear.embedding_dw,
+    "linear": linear.linear,
+    "linear_dw": linear.linear_dw,
+    "linear_dx": linear.linear_dx,
+    "logprob_from_logits": logprob.logprob_from_logits,
+    "rms_norm": norm.rms_norm,
+    "rms_norm_backward": norm.rms_norm_backward,
+    "rotary": rotary.rotary,
+    "sample": sampling.sample,
+    "selected_logprob": logprob.selected_logprob,
+    "selected_logprob_backward": logprob.selected_logprob_backward,
+    "silu_and_mul": activation.silu_and_mul,
+    "silu_and_mul_backward": activation.silu_and_mul_backward,
+}
+"""Operator of ``torch.ops.zerokl`` to its implementation, arguments as in the schema. Others fail on CUDA tensors."""
+
+_registered: list[torch.library.Library] = []
+
+
+def register() -> None:
+    """Make KERNELS the CUDA implementations of ``torch.ops.zerokl``; the schemas must be loaded. Once per process."""
+    if _registered:
+        return
+    library = torch.library.Library("zerokl", "IMPL", "CUDA")
+    for name, kernel in KERNELS.items():
+        library.impl(name, _on_own_device(kernel))
+    _registered.append(library)
+
+
+def _on_own_device(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @wraps(kernel)
+    def run(first: torch.Tensor, *rest: object) -> None:
+        with torch.cuda.device_of(first):
+            kernel(first, *rest)
+
+    return run

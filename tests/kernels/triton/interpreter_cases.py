@@ -1,0 +1,464 @@
+"""Every Triton kernel against the scalar-order reference, in Triton's interpreter. Run by ``test_interpreter.py``.
+
+The interpreter's fma rounds once, and its division and square root are IEEE: cross-device kernels equal the reference
+in every byte. Its ``tl.dot`` multiplies the raw words of bf16 operands, so here a matrix step is the R1 chain of the
+CPU profile instead. What the matrix unit itself computes is not tested; that products chain over ascending k, continue
+accumulators and add segments as R2 says is, byte by byte.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import assert_same_bits, f32, hashed
+
+from zerokl.kernels.reference import activation as ref_activation
+from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import attention as ref_attention
+from zerokl.kernels.reference import linear as ref_linear
+from zerokl.kernels.reference import logprob as ref_logprob
+from zerokl.kernels.reference import norm as ref_norm
+from zerokl.kernels.reference import rotary as ref_rotary
+from zerokl.kernels.reference import sampling as ref_sampling
+from zerokl.kernels.triton import (
+    _math,
+    activation,
+    attention,
+    attention_backward,
+    linear,
+    logprob,
+    norm,
+    rotary,
+    sampling,
+)
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+
+def _dot(self, a, b, d, *_):
+    """A matrix step as the R1 chain of the CPU profile."""
+    wide = [(t.data.astype(np.uint32) << 16).view(np.float32) if t.data.dtype == np.uint16 else t.data for t in (a, b)]
+    return TensorHandle(arith.chain(*wide, d.data), d.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
+
+KINDS = ["plain", "wide", "cancel", "tiny"]
+NAN = float("nan")
+
+
+@triton.jit
+def _apply(x_ptr, y_ptr, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(y_ptr + at, _math.exp2(x) if NAME == "exp2" else _math.log2(x), mask=at < n)
+
+
+@pytest.mark.parametrize("name", ["exp2", "log2"])
+def test_elementary(name):
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -149.5, -150.0, -150.5, 127.99, 128.0, 1e-45, 1e-38, 3e38, -3.0]
+    x = np.concatenate([special, np.linspace(-160, 140, 5001), 2.0 ** np.linspace(-149, 127, 3001)]).astype(np.float32)
+    y = torch.empty(len(x))
+    _apply[(triton.cdiv(len(x), 1024),)](torch.from_numpy(x), y, len(x), NAME=name, BLOCK=1024)
+    assert_same_bits(y, getattr(arith, name)(x), name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "n", "residual"), [(3, 300, True), (9, 64, False), (2, 1, False), (5, 129, True)])
+def test_rms_norm(kind, rows, n, residual):
+    x, r, w = hashed(rows, n, seed=1, kind=kind), hashed(rows, n, seed=2, kind=kind), hashed(n, seed=3)
+    dy, ds, dw = hashed(rows, n, seed=4, kind=kind), hashed(rows, n, seed=5), hashed(n, seed=6).float()
+    y, s = torch.empty_like(x), torch.empty_like(x)
+    norm.rms_norm(x, r if residual else None, w, 1e-6, y, s if residual else None)
+    expected, total = ref_norm.rms_norm(f32(x), f32(w), 1e-6, f32(r) if residual else None)
+    assert_same_bits(y, expected, "y")
+    if residual:
+        assert_same_bits(s, total, "sum")
+    s = s if residual else x
+    dx, got = torch.empty_like(x), dw.clone()
+    norm.rms_norm_backward(s, w, 1e-6, dy, ds if residual else None, dx, got)
+    expected, expected_dw = ref_norm.rms_norm_backward(
+        f32(s), f32(w), 1e-6, f32(dy), f32(ds) if residual else None, f32(dw)
+    )
+    assert_same_bits(dx, expected, "dx")
+    assert_same_bits(got, expected_dw, "dw")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [7, 256, 1100])
+def test_silu_and_mul(kind, n):
+    x, dy = hashed(3, 2 * n, seed=1, kind=kind), hashed(3, n, seed=2, kind=kind)
+    y, dx = torch.empty_like(dy), torch.empty_like(x)
+    activation.silu_and_mul(x, None, y)
+    activation.silu_and_mul_backward(x, None, dy, dx, None)
+    assert_same_bits(y, ref_activation.silu_and_mul(f32(x)), "y")
+    assert_same_bits(dx, ref_activation.silu_and_mul_backward(f32(x), f32(dy))[0], "dx")
+    with pytest.raises(ValueError, match=r"zerokl\.kernels\.silu_and_mul: row_weight has no kernel for cuda"):
+        activation.silu_and_mul(x, torch.ones(3), y)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 16, 16), (1, 12, 6), (17, 64, 48)])
+def test_rotary(heads, dim, turned, inverse):
+    # a slice of a wider tensor: strides are honoured
+    x = hashed(4, heads + 2, dim, seed=1, kind="cancel")[:, 1 : 1 + heads]
+    table = hashed(10, turned, seed=2).float() * 1.001
+    positions = torch.tensor([9, 0, 3, 3])
+    y = torch.empty(x.shape, dtype=x.dtype)
+    rotary.rotary(x, positions, table, inverse, y)
+    assert_same_bits(y, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy(), inverse=inverse), "y")
+    with pytest.raises(RuntimeError, match="zerokl::rotary"):
+        rotary.rotary(x, positions + 1, table, inverse, y)
+
+
+def test_neighbours_holding_nan_change_nothing():
+    """R0: rows keep their bits when the row beside them turns into NaN or Inf."""
+    x, w = hashed(6, 200, seed=1), hashed(200, seed=2)
+    bad = x.clone()
+    bad[1], bad[4] = NAN, float("inf")
+    others = [0, 2, 3, 5]
+    for run in (
+        lambda x: _norm_of(x, w),
+        lambda x: _norm_backward_of(x, w),
+        lambda x: _call(lambda x, y: activation.silu_and_mul(x, None, y), x, (6, 100)),
+    ):
+        clean, dirty = run(x), run(bad)
+        assert_same_bits(dirty[others], clean[others], "row beside NaN")
+        assert dirty[1].isnan().all()
+
+
+def _call(op, x, shape):
+    y = torch.empty(shape, dtype=x.dtype)
+    op(x, y)
+    return y
+
+
+def _norm_of(x, w):
+    y = torch.empty_like(x)
+    norm.rms_norm(x, None, w, 1e-6, y, None)
+    return y
+
+
+def _norm_backward_of(x, w):
+    dx = torch.empty_like(x)
+    norm.rms_norm_backward(x, w, 1e-6, hashed(*x.shape, seed=8), None, dx, None)
+    return dx
+
+
+def _logits(rows, vocab, kind="plain"):
+    """fp32 logits with full mantissas, ties and both zeros."""
+    z = hashed(rows, vocab, seed=3, kind=kind).float() * 9 * (1 + 2.0**-12)
+    z[:, ::5] = z[:, :1]
+    z[:, 3::7] = -0.0
+    return z
+
+
+FILTERS = [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.3, 1.0, 5), (0.9, 0.6, 12), (1.0, 1.0, 1)]
+
+
+@pytest.mark.parametrize("vocab", [5, 97, 1031])
+def test_logprob_from_logits(vocab):
+    rows = len(FILTERS)
+    z = _logits(rows, vocab)
+    targets = torch.tensor([i * 7 % vocab for i in range(rows)])
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
+    got, entropy = torch.empty(rows), torch.empty(rows)
+    logprob.logprob_from_logits(z, targets, temperature, top_p, top_k.int(), got, entropy)
+    expected = [ref_logprob.logprob_row(z[r].numpy(), int(targets[r]), *FILTERS[r]) for r in range(rows)]
+    assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
+    with pytest.raises(RuntimeError, match="logprob_from_logits"):
+        logprob.logprob_from_logits(z, targets + vocab, temperature, top_p, top_k.int(), got, None)
+
+
+def test_logits_gradient():
+    rows, vocab = len(FILTERS), 1031
+    z = _logits(rows, vocab)
+    targets = torch.tensor([i * 7 % vocab for i in range(rows)])
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
+    filter = logprob.find_filter(z, temperature, top_p, top_k.int())
+    state = logprob.score(z, targets, filter, torch.empty(rows), None)
+    grad = hashed(rows, seed=9).float()
+    dz = torch.empty((rows, vocab), dtype=torch.bfloat16)
+    logprob.gradient_kernel[rows, 5](z, *filter, targets, state, grad, dz, 0, vocab, BLOCK=256)
+    expected = [
+        ref_logprob.logits_gradient(z[r].numpy(), int(targets[r]), float(grad[r]), *FILTERS[r]) for r in range(rows)
+    ]
+    assert_same_bits(dz, np.stack(expected), "dz")
+
+
+def test_infinite_and_nan_logits():
+    z = _logits(4, 300)
+    z[0, :40] = -float("inf")
+    z[1, 7], z[2] = NAN, -float("inf")
+    z[3, 299] = NAN
+    clean = _logits(4, 300)
+    got, entropy = torch.empty(4), torch.empty(4)
+    plain = (torch.ones(4), torch.ones(4), torch.zeros(4, dtype=torch.int32))
+    logprob.logprob_from_logits(z, torch.full((4,), 100), *plain, got, entropy)
+    assert got[1:].isnan().all()
+    assert_same_bits(got[0], np.float32(ref_logprob.logprob_row(z[0].numpy(), 100)[0]), "masked row")
+    z[0] = clean[0]
+    logprob.logprob_from_logits(z, torch.full((4,), 100), *plain, got, None)
+    assert_same_bits(got[0], np.float32(ref_logprob.logprob_row(clean[0].numpy(), 100)[0]), "row beside NaN")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "cases"), [(5, FILTERS), (300, [*FILTERS, (0.0, 0.5, 3)]), (8300, [(0.8, 1.0, 0), (0.0, 0.5, 3)])]
+)
+def test_sample(vocab, cases):
+    rows = len(cases)
+    z = _logits(rows, vocab)
+    seeds = [0, 1, -1, 2**40 + 17, -(2**63), 2**63 - 1]
+    places = [0, 5, 2**33 + 1, 12, 2**31, 7]
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*cases, strict=True))
+    token, got, raw = torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)
+    sampling.sample(z, temperature, top_p, top_k.int(), torch.tensor(seeds), torch.tensor(places), token, got, raw)
+    for r, case in enumerate(cases):
+        row = z[r].numpy()
+        expected = ref_sampling.sample_row(row, seeds[r], places[r], *case)
+        assert token[r] == expected, f"row {r}"
+        assert_same_bits(raw[r], np.float32(ref_logprob.logprob_row(row, expected)[0]), "raw")
+        scored = ref_logprob.logprob_row(row, expected, *case)[0] if case[0] else raw[r].numpy()
+        assert_same_bits(got[r], np.float32(scored), "logprob")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "segments"), [(3, 70, 40, 1), (70, 33, 264, 4), (65, 130, 256, 8), (130, 70, 131, 1)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(m, n, k, segments, bias):
+    x, w, b = hashed(m, k, seed=1), hashed(n, k, seed=2), hashed(n, seed=3).float() if bias else None
+    for dtype in (torch.float32, torch.bfloat16):
+        y = torch.empty((m, n), dtype=dtype)
+        linear.linear(x, w, b, segments, y)
+        expected = ref_linear.linear(
+            f32(x), f32(w), f32(b) if bias else None, segments=segments, round_output=dtype == torch.bfloat16
+        )
+        assert_same_bits(y, expected, "y")
+    dy, dw = hashed(m, n, seed=4), hashed(n, k, seed=5).float()
+    dx = torch.empty_like(x)
+    expected_dx, expected_dw = ref_linear.linear_backward(f32(x), f32(w), f32(dy), f32(dw))
+    linear.linear_dx(dy, w, dx)
+    linear.linear_dw(dy, x, dw)
+    assert_same_bits(dx, expected_dx, "dx")
+    assert_same_bits(dw, expected_dw, "dw")
+
+
+def test_linear_adds_segments_as_a_balanced_tree():
+    """R2 with values whose sum depends on the order: exact in the interpreter, since every chain has one term."""
+    depth, parts = 2, np.array([2.0**24, 1.0, 1.0, -(2.0**24), 1.0, 2.0**24, 5.0, -(2.0**24)], dtype=np.float32)
+    x = torch.zeros(1, depth * 8, dtype=torch.bfloat16)
+    x[0, ::depth] = torch.from_numpy(parts).bfloat16()
+    y = torch.empty((1, 1))
+    linear.linear(x, torch.ones(1, depth * 8, dtype=torch.bfloat16), None, 8, y)
+    assert_same_bits(y, np.reshape(arith_tree(parts), (1, 1)), "tree")
+    assert arith_tree(parts) != np.cumsum(parts, dtype=np.float32)[-1], "the data tells a tree from a chain"
+
+
+def arith_tree(parts):
+    """Neighbours added in fp32 until one is left."""
+    while len(parts) > 1:
+        parts = (parts[::2] + parts[1::2]).astype(np.float32)
+    return parts[0]
+
+
+def test_linear_beside_nan_rows():
+    x, w = hashed(20, 48, seed=1), hashed(40, 48, seed=2)
+    bad = x.clone()
+    bad[3], bad[17] = NAN, float("inf")
+    clean, dirty = torch.empty(20, 40), torch.empty(20, 40)
+    linear.linear(x, w, None, 1, clean)
+    linear.linear(bad, w, None, 1, dirty)
+    others = [i for i in range(20) if i not in (3, 17)]
+    assert_same_bits(dirty[others], clean[others], "row beside NaN")
+    assert not dirty[[3, 17]].isfinite().any()
+
+
+def test_embedding_and_bias_gradient():
+    ids, w = torch.tensor([[3, 0, 3], [6, 3, 0]]), hashed(7, 130, seed=1, kind="tiny")
+    y = torch.empty((2, 3, 130), dtype=torch.bfloat16)
+    linear.embedding(ids, w, y)
+    assert_same_bits(y, f32(w[ids]), "y")
+    dy, dw = hashed(2, 3, 130, seed=2, kind="cancel"), hashed(7, 130, seed=3).float()
+    db = dw[0].clone()
+    expected = ref_linear.embedding_backward(ids.reshape(-1).numpy(), f32(dy).reshape(6, 130), f32(dw))
+    linear.embedding_dw(ids, dy, dw)
+    assert_same_bits(dw, expected, "dw")
+    expected = f32(db).copy()
+    for row in f32(dy).reshape(6, 130):
+        expected = expected + row
+    linear.bias_grad(dy, db)
+    assert_same_bits(db, expected, "db")
+    with pytest.raises(RuntimeError, match="zerokl::embedding"):
+        linear.embedding(ids - 1, w, y)
+
+
+def _attention(q, k, v, cu, scale, causal=True, window=0):
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    attention.attention_varlen(q, k, v, torch.tensor(cu, dtype=torch.int32), scale, causal, window, None, out, lse)
+    return out, lse
+
+
+def _reference_attention(q, k, v, cu, scale, causal=True, window=0):
+    parts = [
+        ref_attention.attention(*(f32(x[a:b]) for x in (q, k, v)), scale=scale, causal=causal, window=window)
+        for a, b in itertools.pairwise(cu)
+        if b > a
+    ]
+    return [np.concatenate(x) for x in zip(*parts, strict=True)]
+
+
+@pytest.fixture
+def attention_inputs():
+    cu = [0, 70, 70, 75, 80]
+    q, k, v = hashed(80, 4, 24, seed=1), hashed(80, 2, 24, seed=2), hashed(80, 2, 24, seed=3)
+    return q * 4, k, v, cu
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
+def test_attention(attention_inputs, causal, window):
+    """Against the CPU profile's reference: that lse agrees bit for bit shows blocks, masks, tree and merge; outputs are
+    close, since only this profile rounds probabilities."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
+    expected, expected_lse = _reference_attention(q, k, v, cu, 0.2, causal, window)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+
+def test_attention_merges_segments(monkeypatch):
+    monkeypatch.setattr(attention, "SEGMENT", tl.constexpr(128))
+    monkeypatch.setattr(ref_attention, "SEGMENT", 128)
+    q, k, v = hashed(300, 1, 16, seed=1) * 4, hashed(300, 1, 16, seed=2), hashed(300, 1, 16, seed=3)
+    out, lse = _attention(q, k, v, [0, 300], 0.3)
+    expected, expected_lse = _reference_attention(q, k, v, [0, 300], 0.3)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_paged_attention_equals_packed(attention_inputs, page_size):
+    """The last queries of each sequence over scattered pages: the bytes of the whole sequence's."""
+    q, k, v, cu = attention_inputs
+    whole, _ = _attention(q, k, v, cu, 0.2)
+    lens, last = [70, 0, 5, 5], [3, 0, 1, 5]
+    width = -(-70 // page_size)
+    order = torch.randperm(4 * width, generator=torch.Generator().manual_seed(1)).int().reshape(4, width)
+    caches = [torch.full((4 * width, page_size, 2, 24), NAN, dtype=torch.bfloat16) for _ in range(2)]
+    rows = []
+    for b, (start, length) in enumerate(zip(cu, lens, strict=False)):
+        for p in range(length):
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache[order[b, p // page_size], p % page_size] = x[start + p]
+        rows += range(start + length - last[b], start + length)
+    out = torch.empty_like(q[rows])
+    args = (order, torch.tensor(lens, dtype=torch.int32), torch.tensor(last, dtype=torch.int32))
+    attention.attention_paged(q[rows], *caches, *args, 0.2, 0, None, out)
+    assert_same_bits(out, whole[rows], "paged")
+    with pytest.raises(RuntimeError, match="attention_paged"):
+        attention.attention_paged(q[rows], *caches, order + 1, *args[1:], 0.2, 0, None, out)
+
+
+def test_attention_does_not_see_later_nan(attention_inputs):
+    q, k, v, cu = attention_inputs
+    clean, _ = _attention(q, k, v, cu, 0.2)
+    for spoilt in range(3):
+        inputs = [q.clone(), k.clone(), v.clone()]
+        inputs[spoilt][40], inputs[spoilt][60] = NAN, float("inf")
+        out, _ = _attention(*inputs, cu, 0.2)
+        others = [i for i in range(80) if (i not in (40, 60) if spoilt == 0 else (i < 40 or i >= 70))]
+        assert_same_bits(out[others], clean[others], "row that does not see it")
+        assert out[40].isnan().all()
+        assert spoilt == 0 or out[40:70].isnan().all()
+
+
+@pytest.mark.parametrize("cases", [FILTERS, [(1.0, 1.0, 0), (0.6, 1.0, 0)]])
+def test_selected_logprob(cases, monkeypatch):
+    """The fused head equals linear, then log-probabilities from logits, in forward and backward, and the reference."""
+    monkeypatch.setattr(logprob, "rows_at_once", lambda _: 2)
+    rows, vocab, width = len(cases), 150, 32
+    hidden, w = hashed(rows, width, seed=1) * 3, hashed(vocab, width, seed=2)
+    targets = torch.tensor([i * 31 % vocab for i in range(rows)])
+    temperature, top_p, top_k = (torch.tensor(column) for column in zip(*cases, strict=True))
+    got, entropy, state, cut = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2), torch.empty(rows)
+    cut_index = torch.empty(rows, dtype=torch.int64)
+    sampling_args = (temperature, top_p, top_k.int())
+    logprob.selected_logprob(hidden, w, targets, *sampling_args, got, entropy, state, cut, cut_index)
+    logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
+    expected = [ref_logprob.logprob_row(logits[r], int(targets[r]), *cases[r]) for r in range(rows)]
+    assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
+    grad, dhidden, dw = hashed(rows, seed=3).float(), torch.zeros(rows, width), hashed(vocab, width, seed=4).float()
+    dz = np.stack(
+        [ref_logprob.logits_gradient(logits[r], int(targets[r]), float(grad[r]), *cases[r]) for r in range(rows)]
+    )
+    expected_dh = ref_logprob.hidden_gradient(dz, f32(w))
+    expected_dw = arith.chain(dz.T, f32(hidden), dw.numpy())
+    saved = (hidden, w, targets, temperature, state, cut, cut_index)
+    logprob.selected_logprob_backward(*saved, vocab, 0, 1, grad, dhidden, dw)
+    assert_same_bits(dhidden, expected_dh, "dhidden")
+    assert_same_bits(dw, expected_dw, "dw")
+
+
+def _attention_gradients(q, k, v, cu, out, lse, dout, scale, causal=True, window=0):
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    cu = torch.tensor(cu, dtype=torch.int32)
+    attention_backward.attention_backward(q, k, v, cu, scale, causal, window, None, out, lse, dout, *grads, None, None)
+    return grads
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
+def test_attention_backward(attention_inputs, causal, window):
+    """Close to the CPU profile's reference; only this profile rounds p and ds."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
+    dout = hashed(*q.shape, seed=4)
+    got = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2, causal, window)
+    for a, b in itertools.pairwise(cu):
+        if b > a:
+            parts = [f32(x[a:b]) for x in (q, k, v, out, lse, dout)]
+            expected = ref_attention.attention_backward(*parts, scale=0.2, causal=causal, window=window)
+            for name, x, y in zip("qkv", got, expected, strict=True):
+                assert np.abs(f32(x[a:b]) - y).max() < 2.0**-7 * max(1, np.abs(y).max()), f"d{name}"
+
+
+def test_attention_backward_equals_reference_where_rounding_is_exact():
+    """One key: p = 1 and ds = 0, so the order over (query, head) decides every bit of dv."""
+    q, k, v = hashed(40, 4, 16, seed=1), hashed(40, 1, 16, seed=2), hashed(40, 1, 16, seed=3)
+    out, lse = _attention(q, k, v, [0, 40], 0.2, window=1)
+    dout = hashed(40, 4, 16, seed=4, kind="wide")
+    _, _, dv = _attention_gradients(q, k, v, [0, 40], out, lse, dout, 0.2, window=1)
+    pairs = [arith.chain(np.ones((1, 4), dtype=np.float32), f32(dout[t])) for t in range(40)]
+    assert_same_bits(dv, arith.bf16(np.stack(pairs)), "dv")
+
+
+def test_attention_backward_beside_nan(attention_inputs):
+    """Sequences that do not hold the NaN keep their gradients, and so do queries before a spoilt key."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2)
+    dout = hashed(*q.shape, seed=4)
+    clean = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2)
+    for spoilt in range(4):
+        inputs = [q.clone(), k.clone(), v.clone(), dout.clone()]
+        inputs[spoilt][40] = NAN
+        q2, k2, v2, dout2 = inputs
+        out, lse = _attention(q2, k2, v2, cu, 0.2)
+        dq, dk, dv = _attention_gradients(q2, k2, v2, cu, out, lse, dout2, 0.2)
+        for got, expected in zip((dq, dk, dv), clean, strict=True):
+            assert_same_bits(got[70:], expected[70:], "other sequences")
+        assert_same_bits(dq[:40], clean[0][:40], "earlier queries")
+        if spoilt in (0, 3):
+            # a query's NaN reaches the keys it sees, none behind it
+            assert_same_bits(dk[41:], clean[1][41:], "later keys")
+            assert dv[:41].isnan().all()

@@ -1,0 +1,259 @@
+"""Every Triton kernel compiled offline for sm_80, sm_90 and sm_100: what its PTX may and may not hold. No GPU needed.
+
+Contraction is off, division and square root are IEEE, nothing flushes subnormals, no float atomics, spills bounded.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zerokl.kernels.triton import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton._math import launch_options
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MATRIX = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
+FORBIDDEN = {
+    "float atomics": r"\b(atom|red)\.\S*\.(f16|bf16|f32|f64)",
+    "approximate arithmetic": r"\.approx",
+    "division that is not IEEE": r"\bdiv\.full",
+    "flush to zero": r"\.ftz",
+    "a product or sum that ptxas may contract": r"\b(mul|add|sub)\.f32",
+}
+
+
+ALIGNED = {"n", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one representative configuration.
+
+    ``matrix``: the instruction tl.dot becomes: none, mma (mma.sync everywhere) or best (the capability's own).
+    ``stack``: bytes of spilled registers a thread may have, one bound for all capabilities or one for each.
+    """
+
+    kernel: object
+    pointers: str
+    integers: str = ""
+    floats: str = ""
+    constants: dict = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 1
+    matrix: str = "none"
+    fma: bool = True
+    stack: int | tuple[int, int, int] = 0
+
+    def compile(self, capability: int):
+        types = {p.split(":")[0]: "*" + p.split(":")[1] for p in self.pointers.split()}
+        types |= dict.fromkeys(self.integers.split(), "i32") | dict.fromkeys(self.floats.split(), "fp32")
+        types |= dict.fromkeys(self.constants, "constexpr")
+        signature = {name: types[name] for name in self.kernel.arg_names}
+        aligned = ALIGNED - self.constants.keys()
+        aligned = [(i,) for i, name in enumerate(signature) if name.endswith("_ptr") or name in aligned]
+        source = ASTSource(
+            fn=self.kernel,
+            signature=signature,
+            constexprs=self.constants,
+            attrs={at: [["tt.divisibility", 16]] for at in aligned},
+        )
+        options = launch_options(self.warps, self.stages)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(cubin: bytes, path: Path) -> tuple[int, int]:
+    """(registers, stack bytes) of a thread. Spilled registers live on the stack."""
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    assert found, out
+    return int(found[1]), int(found[2])
+
+
+FILTER = "temperature_ptr:fp32 cut_ptr:fp32 cut_index_ptr:i64"
+
+
+def matmul_case(block_m: int, block_n: int, block_k: int, warps: int, stages: int, stack: int = 0, **options) -> Case:
+    """The matrix product as linear_config tiles it, k contiguous in both operands unless it is a weight gradient."""
+    small, weight_gradient = options.pop("SMALL", False), options.get("CONTINUE", False)
+    unit = {"a_row": 1, "b_column": 1} if weight_gradient else {"a_column": 1, "b_row": 1}
+    strides = {"a_row", "a_column", "b_row", "b_column"} - unit.keys()
+    flags = {"BIAS": False, "CONTINUE": False, "ROUND": True, "SEGMENTS": 1, "EVEN_K": True, "GROUP": 8}
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return Case(
+        linear.matmul_kernel,
+        f"a_ptr:bf16 b_ptr:bf16 bias_ptr:fp32 y_ptr:{'fp32' if weight_gradient else 'bf16'}",
+        f"m n depth {' '.join(sorted(strides))}",
+        constants={**flags, **unit, **tiles, **options},
+        warps=warps,
+        stages=stages,
+        stack=stack,
+        matrix="mma" if small else "best",
+        fma=False,
+    )
+
+
+def attention_case(rows: int, warps: int, matrix: str, stack: int | tuple[int, int, int] = 0, **options) -> Case:
+    """The attention forward at head dim 128."""
+    return Case(
+        attention.attention_kernel,
+        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 length_ptr:i32 table_ptr:i32 out_ptr:bf16 lse_ptr:fp32",
+        "sequences kv_heads group dim window page_size max_pages",
+        "c",
+        {"PAGED": False, "CAUSAL": True, "ROWS": rows, "DIM": 128, **options},
+        warps=warps,
+        stages=2,
+        matrix=matrix,
+        stack=stack,
+    )
+
+
+def gradient_case(kernel: object, outputs: str, rows: int, stack: int | tuple[int, int, int] = 0) -> Case:
+    """A gradient of attention at head dim 128."""
+    return Case(
+        kernel,
+        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 lse_ptr:fp32 delta_ptr:fp32 dout_ptr:bf16 " + outputs,
+        "sequences kv_heads group dim window",
+        "c scale",
+        {"CAUSAL": True, "ROWS": rows, "DIM": 128},
+        warps=8,
+        stages=2,
+        matrix="best",
+        stack=stack,
+    )
+
+
+CASES = {
+    "rms_norm": Case(
+        norm.rms_norm_kernel,
+        "x_ptr:bf16 residual_ptr:bf16 w_ptr:bf16 y_ptr:bf16 sum_ptr:bf16",
+        "rows n",
+        "eps",
+        {"RESIDUAL": True, "ROWS": 4},
+        stages=4,
+    ),
+    "rms_norm_backward": Case(
+        norm.rms_norm_backward_kernel,
+        "x_ptr:bf16 w_ptr:bf16 dy_ptr:bf16 dsum_ptr:bf16 dx_ptr:bf16 inverse_ptr:fp32",
+        "rows n",
+        "eps",
+        {"DSUM": True, "ROWS": 4},
+        stages=4,
+    ),
+    "rms_norm_dw": Case(
+        norm.rms_norm_dw_kernel,
+        "x_ptr:bf16 dy_ptr:bf16 inverse_ptr:fp32 dw_ptr:fp32",
+        "rows n",
+        constants={"COLUMNS": 32},
+        warps=1,
+    ),
+    "silu_and_mul": Case(activation.silu_and_mul_kernel, "x_ptr:bf16 y_ptr:bf16", "n", constants={"BLOCK": 1024}),
+    "silu_and_mul_backward": Case(
+        activation.silu_and_mul_backward_kernel, "x_ptr:bf16 dy_ptr:bf16 dx_ptr:bf16", "n", constants={"BLOCK": 1024}
+    ),
+    "rotary": Case(
+        rotary.rotary_kernel,
+        "x_ptr:bf16 position_ptr:i64 table_ptr:fp32 y_ptr:bf16",
+        "heads dim rotary_dim x_row x_head",
+        constants={"INVERSE": False, "HEADS": 16, "HALF": 64, "REST": 0},
+    ),
+    "segment_sum": Case(
+        logprob.segment_sum_kernel,
+        f"logits_ptr:fp32 {FILTER} target_ptr:i64 hit_ptr:fp32 sums_ptr:fp32",
+        "rows row_stride vocab width first_segment",
+        constants={"MOMENT": True, "ROWS": 4},
+        stages=4,
+    ),
+    "merge": Case(
+        logprob.merge_kernel,
+        "sums_ptr:fp32 hit_ptr:fp32 logprob_ptr:fp32 entropy_ptr:fp32 state_ptr:fp32",
+        "rows",
+        constants={"ENTROPY": True, "ROWS": 16},
+        warps=1,
+    ),
+    "scale": Case(
+        logprob.scale_kernel,
+        "logits_ptr:fp32 temperature_ptr:fp32 z_ptr:fp32",
+        "vocab",
+        constants={"BLOCK": 1024},
+        fma=False,
+    ),
+    "cut": Case(
+        logprob.cut_kernel,
+        "z_ptr:fp32 order_ptr:i64 state_ptr:fp32 top_p_ptr:fp32 top_k_ptr:i32 cut_ptr:fp32 cut_index_ptr:i64",
+        "vocab",
+        warps=1,
+    ),
+    "gradient": Case(
+        logprob.gradient_kernel,
+        f"logits_ptr:fp32 {FILTER} target_ptr:i64 state_ptr:fp32 grad_ptr:fp32 dz_ptr:bf16",
+        "first count",
+        constants={"BLOCK": 1024},
+    ),
+    "draw": Case(
+        sampling.draw_kernel,
+        f"logits_ptr:fp32 {FILTER} greedy_ptr:i32 seed_ptr:i64 position_ptr:i64 best_ptr:fp32 where_ptr:i32",
+        "vocab width",
+        constants={"BLOCK": 1024},
+    ),
+    "choose": Case(sampling.choose_kernel, "best_ptr:fp32 where_ptr:i32 token_ptr:i64", warps=1, fma=False),
+    "linear": matmul_case(128, 128, 64, 8, 4),
+    "linear_small": matmul_case(16, 64, 128, 4, 4, SMALL=True),
+    "linear_tree_of_2": matmul_case(64, 128, 64, 8, 3, SEGMENTS=2, BIAS=True),
+    "linear_tree_of_8": matmul_case(64, 128, 64, 8, 3, 8, SEGMENTS=8),
+    "linear_dw": matmul_case(128, 128, 64, 8, 4, 24, CONTINUE=True, ROUND=False),
+    "bias_grad": Case(
+        linear.bias_grad_kernel, "dy_ptr:bf16 db_ptr:fp32", "rows n", constants={"COLUMNS": 128}, warps=1, fma=False
+    ),
+    "embedding": Case(
+        linear.embedding_kernel, "id_ptr:i64 w_ptr:bf16 y_ptr:bf16", "n", constants={"COLUMNS": 1024}, fma=False
+    ),
+    "embedding_dw": Case(
+        linear.embedding_dw_kernel,
+        "id_ptr:i64 order_ptr:i64 dy_ptr:bf16 dw_ptr:fp32",
+        "tokens n",
+        constants={"COLUMNS": 128},
+        warps=1,
+        fma=False,
+    ),
+    "attention_varlen": attention_case(128, 8, "best", stack=(2000, 208, 896)),
+    "attention_paged": attention_case(16, 4, "mma", PAGED=True),
+    "delta": Case(
+        attention_backward.delta_kernel,
+        "dout_ptr:bf16 out_ptr:bf16 delta_ptr:fp32",
+        "rows dim",
+        constants={"ROWS": 32},
+        warps=1,
+    ),
+    "query_gradient": gradient_case(attention_backward.query_gradient_kernel, "dq_ptr:bf16", 64, stack=48),
+    "key_gradient": gradient_case(attention_backward.key_gradient_kernel, "dk_ptr:bf16 dv_ptr:bf16", 32, stack=152),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_ptx(name, capability, tmp_path):
+    case = CASES[name]
+    compiled = case.compile(capability)
+    ptx = re.sub(r"//.*", "", compiled.asm["ptx"])
+    for what, pattern in FORBIDDEN.items():
+        found = re.search(pattern, ptx)
+        assert not found, f"{what}: {found.group(0)}"
+    wanted = {"none": None, "mma": 80, "best": capability}[case.matrix]
+    present = {generation for generation, pattern in MATRIX.items() if re.search(pattern, ptx)}
+    assert present == ({wanted} if wanted else set())
+    assert ("fma.rn.f32" in ptx) == case.fma
+    if wanted:
+        assert re.search(r"cp\.async\.cg\S* .*, 0x10,", ptx), "operands travel in 16-byte pieces"
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    registers, stack = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+    bound = case.stack if isinstance(case.stack, int) else case.stack[list(MATRIX).index(capability)]
+    assert stack <= bound, f"{stack} bytes of stack, {registers} registers"

@@ -1,0 +1,23 @@
+"""Runs ``interpreter_cases.py`` in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_kernels_equal_the_reference_in_the_interpreter():
+    cases = Path(__file__).with_name("interpreter_cases.py")
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

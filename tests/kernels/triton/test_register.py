@@ -1,0 +1,54 @@
+"""Which operators the CUDA key has, that their arguments are the schemas', and what other devices are told."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from zerokl import kernels
+from zerokl.kernels.triton import KERNELS, register
+
+CPU_ONLY = {
+    "cast_e4m3", "dequantize", "exp2", "grouped_linear", "grouped_linear_dw", "grouped_linear_dx", "log2",
+    "logprob_merge", "logprob_segments", "moe_combine", "moe_combine_backward", "moe_gather", "moe_order", "quantize",
+    "router_topk", "router_topk_backward", "scaled_linear", "set_isa",
+}  # fmt: skip
+
+
+def operators():
+    names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("zerokl::")}
+    return {name: getattr(torch.ops.zerokl, name).default._schema for name in names}
+
+
+def test_every_operator_has_a_kernel_with_its_arguments():
+    schemas = operators()
+    assert schemas.keys() - CPU_ONLY == KERNELS.keys()
+    register()
+    register()  # once is enough, twice is harmless
+    for name, kernel in KERNELS.items():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zerokl::{name}", "CUDA"), name
+        wanted = [a.name for a in schemas[name].arguments]
+        given = list(inspect.signature(kernel).parameters)
+        renamed = {"sum": "total"}  # a builtin's name
+        assert given == [renamed.get(a, a) for a in wanted], name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU loads the backend")
+def test_import_without_gpu_leaves_triton_alone():
+    code = "import sys, zerokl.kernels; sys.exit('zerokl.kernels.triton' in sys.modules)"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+def test_devices_are_checked():
+    x = torch.empty(2, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"silu_and_mul: x is on meta; supported: cpu.* needs a GPU"):
+        kernels.silu_and_mul(x.to("meta"))
+    with pytest.raises(ValueError, match=r"rms_norm: w is on meta, other arguments on cpu"):
+        kernels.rms_norm(x, torch.empty(4, dtype=torch.bfloat16, device="meta"), 1e-6)
+    seed = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"sample: logits is on meta"):
+        kernels.sample(torch.empty(2, 4, device="meta"), seed=seed, position=seed)
