@@ -48,7 +48,7 @@ sanitize: install
 	  -DZEROKL_OUTPUT_DIR=$(abspath $(SANITIZED)/kernels) -DZEROKL_OUTPUT_NAME=_C >/dev/null
 	@$(BIN)/cmake --build build/sanitize/cmake --parallel $$(nproc) >/dev/null
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels -k "$(SANITIZED_TESTS)"
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels --ignore=tests/kernels/triton -k "$(SANITIZED_TESTS)"
 SANITIZED_TESTS := linear or embedding or norm or rotary or silu or varlen-avx512 or logprob or sample or neighbours or test_moe or quantize
 
 bench: install

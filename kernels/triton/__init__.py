@@ -7,7 +7,7 @@ bits. Matrix products and attention follow profile ``sm90-bf16``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 
@@ -48,11 +48,23 @@ def register() -> None:
     _registered.append(library)
 
 
+@cache
+def check_capability(index: int) -> None:
+    """RuntimeError for a GPU whose matrix steps are those of another profile (R1)."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 9:
+        raise RuntimeError(
+            f"zerokl.kernels: cuda:{index} has compute capability {major}.{minor}; supported: 9.0 and newer "
+            "(profile sm90-bf16). Use such a GPU, or CPU tensors"
+        )
+
+
 def _on_own_device(kernel: Callable[..., None]) -> Callable[..., None]:
     """Triton launches on the current device, which need not be the tensors'."""
 
     @wraps(kernel)
     def run(first: torch.Tensor, *rest: object) -> None:
+        check_capability(first.device.index)
         with torch.cuda.device_of(first):
             kernel(first, *rest)
 

@@ -224,7 +224,7 @@ CASES = {
         warps=1,
         fma=False,
     ),
-    "attention_varlen": attention_case(128, 8, "best", stack=(2000, 208, 896)),
+    "attention_varlen": attention_case(128, 8, "best", stack=(952, 208, 896)),
     "attention_paged": attention_case(16, 4, "mma", PAGED=True),
     "delta": Case(
         attention_backward.delta_kernel,

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from zerokl import kernels
-from zerokl.kernels.triton import KERNELS, register
+from zerokl.kernels.triton import KERNELS, check_capability, register
 
 CPU_ONLY = {
     "cast_e4m3", "dequantize", "exp2", "grouped_linear", "grouped_linear_dw", "grouped_linear_dx", "log2",
@@ -52,3 +52,13 @@ def test_devices_are_checked():
     seed = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"sample: logits is on meta"):
         kernels.sample(torch.empty(2, 4, device="meta"), seed=seed, position=seed)
+
+
+def test_older_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (9, 0), (10, 0))[index])
+    check_capability.cache_clear()
+    with pytest.raises(RuntimeError, match=r"cuda:0 has compute capability 8.0; supported: 9.0"):
+        check_capability(0)
+    check_capability(1)
+    check_capability(2)
+    check_capability.cache_clear()
