@@ -1,0 +1,116 @@
+"""The cases of the GPU regression: every op on fixed data, what it must equal, what it is timed against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from zerokl import kernels
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on data from an integer hash.
+
+    ``run`` maps inputs to outputs; ``cross_device``: the contract gives the same bits on CPU and GPU, otherwise the
+    outputs are close. ``rows``: the first input's rows are independent (R0). ``torch_run``: what a user would call.
+    """
+
+    name: str
+    inputs: Callable[[], Tensors]
+    run: Callable[..., Tensors]
+    cross_device: bool
+    rows: bool = False
+    torch_run: Callable[..., object] | None = None
+    gigabytes: float = 0.0
+    teraflops: float = 0.0
+
+
+def hashed(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    """bf16 in (-scale, scale) from an integer hash: the same bytes on every machine."""
+    n = torch.Size(shape).numel()
+    i = torch.arange(n, dtype=torch.int64) + (seed << 32)
+    for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+        i = (i ^ (i >> shift)) * factor
+    unit = ((i >> 31) & 0xFFFFFF).float() / 2.0**23 - 1.0
+    return (unit * scale).reshape(shape).bfloat16()
+
+
+def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def cases(small: bool) -> list[Case]:
+    """Every case; ``small`` sizes for a rehearsal on a CPU."""
+    tokens, width, inner, vocab = (96, 256, 512, 1000) if small else (4096, 4096, 12288, 128256)
+    heads, kv_heads, dim, length = (4, 2, 64, 96) if small else (32, 8, 128, 4096)
+    hidden, up = partial(hashed, tokens, width, seed=1), partial(hashed, tokens, 2 * inner, seed=2)
+    weight, norm = partial(hashed, inner, width, seed=3), partial(hashed, width, seed=4)
+    head, positions = partial(hashed, vocab, width, seed=5), torch.arange(tokens)
+    bytes_of = 2e-9
+    made = [
+        Case(
+            "rms_norm", lambda: (hidden(), norm()), lambda x, w: (kernels.rms_norm(x, w, 1e-5),), True, True,
+            lambda x, w: functional.rms_norm(x, (width,), w, 1e-5), gigabytes=2 * tokens * width * bytes_of,
+        ),
+        Case(
+            "rms_norm residual", lambda: (hidden(), norm(), hashed(tokens, width, seed=6)),
+            lambda x, w, r: tuple(kernels.rms_norm(x, w, 1e-5, residual=r)), True,
+            gigabytes=4 * tokens * width * bytes_of,
+        ),
+        Case(
+            "silu_and_mul", lambda: (up(),), lambda x: (kernels.silu_and_mul(x),), True, True,
+            lambda x: functional.silu(x[:, :inner]) * x[:, inner:], gigabytes=3 * tokens * inner * bytes_of,
+        ),
+        Case(
+            "rotary",
+            lambda: (hashed(tokens, heads, dim, seed=7), positions, kernels.rotary_table(tokens, dim, 1e4)),
+            lambda q, p, t: kernels.rotary(q, q, p, t)[:1], True, gigabytes=2 * tokens * heads * dim * bytes_of,
+        ),
+        Case(
+            "embedding", lambda: (positions % vocab, head()), lambda i, w: (kernels.embedding(i, w),), True,
+            torch_run=functional.embedding, gigabytes=2 * tokens * width * bytes_of,
+        ),
+        Case(
+            "logprob_from_logits", lambda: (hashed(64, vocab, seed=8, scale=8).float(), torch.arange(64)),
+            lambda z, t: (kernels.logprob_from_logits(z, t, temperature=0.7),), True, False,
+            lambda z, t: torch.log_softmax(z, -1).gather(1, t[:, None]), gigabytes=64 * vocab * 4e-9,
+        ),
+        Case(
+            "sample", lambda: (hashed(64, vocab, seed=9, scale=8).float(), torch.arange(64), torch.arange(64)),
+            lambda z, s, p: kernels.sample(z, seed=s, position=p, temperature=0.9, top_p=0.95), True,
+        ),
+        Case(
+            "selected_logprob", lambda: (hidden(), head(), positions % vocab),
+            lambda x, w, t: (kernels.selected_logprob(x, w, t).logprob,), False,
+            torch_run=lambda x, w, t: torch.log_softmax((x @ w.T).float(), -1).gather(1, t[:, None]),
+            teraflops=2e-12 * tokens * width * vocab,
+        ),
+    ]  # fmt: skip
+    for rows in (1, 8, 64) if small else (1, 16, 64, 256, 4096):
+        made.append(
+            Case(
+                f"linear M={rows}", lambda rows=rows: (hashed(rows, width, seed=10), weight()),  # type: ignore[misc]
+                lambda x, w: (kernels.linear(x, w),), False, True, lambda x, w: x @ w.T,
+                gigabytes=inner * width * bytes_of, teraflops=2e-12 * rows * inner * width,
+            )
+        )  # fmt: skip
+    cu = torch.tensor([0, length], dtype=torch.int32)
+    shapes = ((length, heads, dim, 11), (length, kv_heads, dim, 12), (length, kv_heads, dim, 13))
+    made.append(
+        Case(
+            "attention_varlen causal",
+            lambda: (*(hashed(t, h, d, seed=s) for t, h, d, s in shapes), cu),
+            lambda q, k, v, cu: (kernels.attention_varlen(q, k, v, cu, scale=dim**-0.5),), False, False,
+            _torch_attention,
+            teraflops=2e-12 * length * length * heads * dim,
+        )
+    )  # fmt: skip
+    return made
