@@ -42,6 +42,10 @@ def hashed(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (unit * scale).reshape(shape).bfloat16()
 
 
+def _linear_inputs(rows: int, inner: int, width: int) -> Tensors:
+    return hashed(rows, width, seed=10), hashed(inner, width, seed=3)
+
+
 def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -52,7 +56,7 @@ def cases(small: bool) -> list[Case]:
     tokens, width, inner, vocab = (96, 256, 512, 1000) if small else (4096, 4096, 12288, 128256)
     heads, kv_heads, dim, length = (4, 2, 64, 96) if small else (32, 8, 128, 4096)
     hidden, up = partial(hashed, tokens, width, seed=1), partial(hashed, tokens, 2 * inner, seed=2)
-    weight, norm = partial(hashed, inner, width, seed=3), partial(hashed, width, seed=4)
+    norm = partial(hashed, width, seed=4)
     head, positions = partial(hashed, vocab, width, seed=5), torch.arange(tokens)
     bytes_of = 2e-9
     made = [
@@ -97,7 +101,7 @@ def cases(small: bool) -> list[Case]:
     for rows in (1, 8, 64) if small else (1, 16, 64, 256, 4096):
         made.append(
             Case(
-                f"linear M={rows}", lambda rows=rows: (hashed(rows, width, seed=10), weight()),  # type: ignore[misc]
+                f"linear M={rows}", partial(_linear_inputs, rows, inner, width),
                 lambda x, w: (kernels.linear(x, w),), False, True, lambda x, w: x @ w.T,
                 gigabytes=inner * width * bytes_of, teraflops=2e-12 * rows * inner * width,
             )

@@ -73,7 +73,7 @@ static void for_equal_spans(const Rows& rows, const KeyBlock& block, Body body) 
   }
 }
 
-// Words that `rows` lines of `dim` elements take when packed in tiles of `width` lines, spill included.
+// Words that `tiles` tiles of `width` lines of `dim` elements take when packed, spill included.
 ZK_INLINE int64_t words_of(int64_t tiles, int64_t dim, int width) { return tiles * steps_of(dim) * width + W; }
 
 // out[panel][step][kNR]: keys across the lanes

@@ -75,6 +75,15 @@ def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
     check_device(op, **tensors)
 
 
+def check_segments(op: str, segments: int, depth: int) -> None:
+    """R2: a power of two that cuts the depth into equal parts of whole pairs."""
+    check(
+        segments >= 1 and segments & (segments - 1) == 0 and (segments == 1 or depth % (2 * segments) == 0),
+        op,
+        f"segments={segments} must be a power of two that cuts K={depth} into even parts",
+    )
+
+
 def per_row(
     value: torch.Tensor | float, rows: int, dtype: torch.dtype, device: torch.device, op: str, name: str
 ) -> torch.Tensor:

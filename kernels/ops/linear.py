@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, check_device, needs_grad, ops
+from ._common import WeightGrad, check, check_bf16, check_device, check_segments, needs_grad, ops
 
 
 def _linear(
@@ -79,11 +79,7 @@ def linear(
     check(
         out_dtype in (torch.bfloat16, torch.float32), "linear", f"out_dtype {out_dtype}; supported: bfloat16, float32"
     )
-    check(
-        segments >= 1 and segments & (segments - 1) == 0 and (segments == 1 or w.shape[1] % (2 * segments) == 0),
-        "linear",
-        f"segments={segments} must be a power of two that cuts K={w.shape[1]} into even parts",
-    )
+    check_segments("linear", segments, w.shape[1])
     check(w.is_contiguous(), "linear", "w must be contiguous")
     forward = _Linear.apply if needs_grad(x, w, bias) else _linear
     return forward(x.contiguous(), w, bias, segments, out_dtype)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ._common import WeightGrad, check, check_bf16, check_device, needs_grad, ops
+from ._common import WeightGrad, check, check_bf16, check_device, check_segments, needs_grad, ops
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -321,11 +321,7 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, *, s
         op,
         f"offsets are {offsets.dtype} {tuple(offsets.shape)}; expected int64 ({w.shape[0] + 1},)",
     )
-    check(
-        segments >= 1 and segments & (segments - 1) == 0 and (segments == 1 or w.shape[2] % (2 * segments) == 0),
-        op,
-        f"segments={segments} must be a power of two that cuts K={w.shape[2]} into even parts",
-    )
+    check_segments(op, segments, w.shape[2])
     check(w.is_contiguous(), op, "w must be contiguous")
     x, offsets = x.contiguous(), offsets.contiguous()
     forward = _GroupedLinear.apply if needs_grad(x, w) else _grouped_linear

@@ -192,6 +192,15 @@ def test_fp32_torch_is_the_negative_control():
     assert (whole != alone).any()
 
 
+@pytest.mark.parametrize(("segments", "depth"), [(0, 12), (3, 12), (-2, 8), (4, 12), (2, 7)])
+def test_segments_are_powers_of_two_that_cut_into_pairs(segments, depth):
+    x, w, experts = hashed(4, depth, seed=1), hashed(3, depth, seed=2), hashed(2, 3, depth, seed=3)
+    with pytest.raises(ValueError, match=rf"kernels\.linear: segments={segments} "):
+        kernels.linear(x, w, segments=segments)
+    with pytest.raises(ValueError, match=rf"kernels\.grouped_linear: segments={segments} "):
+        kernels.grouped_linear(x, experts, torch.tensor([0, 1, 4]), segments=segments)
+
+
 def test_errors_name_op_argument_and_support():
     x, w, seeds = hashed(4, 8, seed=1), hashed(3, 8, seed=2), torch.arange(4)
     for call, words in (
