@@ -16,6 +16,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -29,7 +30,9 @@ from typing import Any
 import torch
 
 from zerokl.bench.kernel_cases import Case, Tensors, cases
+from zerokl.bench.tensor_core_cases import tensor_core_cases
 from zerokl.kernels.contract import CONTRACT_VERSION, CPU
+from zerokl.kernels.ops.tensor_core import has_cuda_part
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DIGESTS = RESULTS / f"digests-{CPU.name}.json"
@@ -43,7 +46,10 @@ def main() -> int:
         print("no GPU that torch sees, or no triton; --rehearse runs on the CPU", file=sys.stderr)
         return 2
     result: dict[str, Any] = {"about": about(device), "checks": {}, "digests": {}, "times": {}}
-    for case in cases(small=options.rehearse):
+    for case in cases(options.rehearse) + tensor_core_cases(options.rehearse):
+        if case.cuda_part and device.type == "cuda" and not has_cuda_part():
+            result["checks"][case.name] = ["not run: kernels/_C.so was built without its CUDA part"]
+            continue
         began = time.perf_counter()
         result["checks"][case.name], result["digests"][case.name] = check(case, device, options.repeats)
         result["times"][case.name] = measure(case, device, options.rounds)
@@ -177,10 +183,10 @@ def table(result: dict[str, Any]) -> str:
     """What a person reads first: one line a case."""
     lines = [f"{key}: {value}" for key, value in result["about"].items()]
     lines.append(f"{'case':26} {'us':>10} {'GB/s':>8} {'TFLOPS':>8} {'x torch':>8}  checks")
-    for name, t in result["times"].items():
-        problems = "; ".join(result["checks"][name]) or "ok"
-        rates = f"{t['gb_per_s']:8.1f} {t['tflops']:8.2f} {t['torch_us'] / t['us']:8.2f}"
-        lines.append(f"{name:26} {t['us']:10.1f} {rates}  {problems}")
+    for name, problems in result["checks"].items():
+        t = result["times"].get(name)
+        rates = f"{t['gb_per_s']:8.1f} {t['tflops']:8.2f} {t['torch_us'] / t['us']:8.2f}" if t else " " * 26
+        lines.append(f"{name:26} {t['us'] if t else math.nan:10.1f} {rates}  {'; '.join(problems) or 'ok'}")
     return "\n".join(lines)
 
 

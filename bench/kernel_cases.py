@@ -19,7 +19,8 @@ class Case:
     """One op on data from an integer hash.
 
     ``run`` maps inputs to outputs; ``cross_device``: the contract gives the same bits on CPU and GPU, otherwise the
-    outputs are close. ``rows``: the first input's rows are independent (R0). ``torch_run``: what a user would call.
+    outputs are close. ``rows``: the first input's rows are independent (R0). ``cuda_part``: on a GPU it needs the
+    extension's CUDA part. ``torch_run``: what a user would call.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     torch_run: Callable[..., object] | None = None
     gigabytes: float = 0.0
     teraflops: float = 0.0
+    cuda_part: bool = False
 
 
 def hashed(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:

@@ -25,6 +25,7 @@ from .ops.quantized_linear import fp8_linear, int4_linear, mxfp8_linear
 from .ops.rotary import rotary, rotary_table
 from .ops.sampling import Sampled, sample
 from .ops.scale_layout import from_blackwell_scales, from_hopper_scales, to_blackwell_scales, to_hopper_scales
+from .ops.tensor_core import matrix_step
 
 __all__ = [
     "Fp8Block",
@@ -51,6 +52,7 @@ __all__ = [
     "int4_linear",
     "linear",
     "logprob_from_logits",
+    "matrix_step",
     "moe_combine",
     "moe_permute",
     "mxfp8_linear",

@@ -96,6 +96,35 @@ SM90 = Profile(
 
 
 @dataclass(frozen=True)
+class MatrixStep:
+    """One matrix instruction of a tensor core and the model of its arithmetic (R1).
+
+    A tile is [rows, depth] times [columns, depth] transposed, plus [rows, columns] in fp32. ``fraction``: bits kept
+    below the largest exponent when the terms are aligned; ``result``: fraction bits of the result.
+    """
+
+    instruction: str
+    element: str
+    rows: int
+    columns: int
+    depth: int
+    fraction: int
+    result: int
+
+
+MATRIX_STEPS = (
+    MatrixStep("mma.m16n8k16.bf16", "bf16", 16, 8, 16, fraction=25, result=23),
+    MatrixStep("wgmma.m64n8k16.bf16", "bf16", 64, 8, 16, fraction=25, result=23),
+    MatrixStep("wgmma.m64n8k32.e4m3", "e4m3", 64, 8, 32, fraction=13, result=13),
+)
+"""Capability 9.0 and newer; wgmma exists on 9.0 only. Wider tiles of an instruction have the same arithmetic. Hopper
+has no mma of its own for fp8."""
+
+MATRIX_STEP_ZERO = -133
+"""R1: the exponent a zero term is aligned with."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a run computed with: contract version, profile, and every op with its backend and configuration."""
 
@@ -130,6 +159,7 @@ inline constexpr int kE4m3MaxExponent = {E4M3_MAX_EXPONENT};
 inline constexpr float kFp8AmaxMin = {FP8_AMAX_MIN}f;
 inline constexpr float kInt4Divisor = {INT4_DIVISOR}.0f;
 inline constexpr float kInt4ScaleMin = {INT4_SCALE_MIN}f;
+inline constexpr int kMatrixStepZero = {MATRIX_STEP_ZERO};
 inline constexpr float kLog2e = {LOG2E}f;
 inline constexpr float kLn2 = {LN2}f;
 {poly}

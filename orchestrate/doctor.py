@@ -64,6 +64,7 @@ def examine() -> tuple[dict[str, Any], list[Problem]]:
         "versions": versions,
         "cpu": _cpu(),
         "gpu": _gpu(),
+        "cuda_part": _probe("from zerokl.kernels.ops.tensor_core import has_cuda_part as h; assert h()") is None,
         "working": {name: error is None for name, error in probes.items()},
         "problems": [vars(problem) for problem in problems],
         "runnable": not any(problem.blocking for problem in problems),
@@ -79,6 +80,7 @@ def lines(facts: dict[str, Any], problems: list[Problem]) -> list[str]:
         f"CPU: {cpu['model']}, {cpu['cores']} cores, {cpu['memory_gib']:.0f} GiB",
         f"CPU features: {', '.join(cpu['flags']) or 'no SIMD (the scalar kernels run)'}",
         f"GPU: {', '.join(gpu) or 'none (the CPU backend is used)'}",
+        f"extension: {'CPU and CUDA parts' if facts['cuda_part'] else 'CPU part (CUDA needs nvcc and a CUDA torch)'}",
         "versions: " + ", ".join(f"{name} {version or '-'}" for name, version in facts["versions"].items()),
     ]
     out += [f"{name}: {'works' if works else 'does not work'}" for name, works in facts["working"].items()]
