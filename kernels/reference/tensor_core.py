@@ -10,7 +10,7 @@ from ..contract import MATRIX_STEP_ZERO, MatrixStep
 from .arith import F32, Array
 
 SMALLEST_EXPONENT = {"bf16": -126, "e4m3": -6, "fp32": -126}
-NAN = np.array(0x7FFFFFFF, dtype=np.uint32).view(F32)
+NAN = np.array([0x7FFFFFFF], dtype=np.uint32).view(F32)[0]
 
 
 def _exponent(value: Fraction, smallest: int) -> int:
@@ -35,7 +35,7 @@ def matrix_step(a: Array, b: Array, c: Array, step: MatrixStep) -> Array:
     return out
 
 
-def _dot(a: Array, b: Array, c: F32, step: MatrixStep) -> F32:
+def _dot(a: Array, b: Array, c: Array | F32, step: MatrixStep) -> Array | F32:
     with np.errstate(invalid="ignore"):
         special = (a.astype(np.float64) * b).sum() + np.float64(c)
     if not np.isfinite(special):

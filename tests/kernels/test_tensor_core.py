@@ -26,10 +26,8 @@ def tiles(step, count, spread, seed):
 
     largest = 448.0 if step.element == "e4m3" else 1e38
     a, b = draw(count, step.rows, step.depth, largest=largest), draw(count, step.columns, step.depth, largest=largest)
-    a[::2, :, step.depth // 2 :], b[::2, :, step.depth // 2 :] = (
-        -a[::2, :, : step.depth // 2],
-        b[::2, :, : step.depth // 2],
-    )
+    half = step.depth // 2
+    a[::2, :, half:], b[::2, :, half:] = -a[::2, :, :half], b[::2, :, :half]
     element = ELEMENT[step.element]
     return a.to(element), b.to(element), draw(count, step.rows, step.columns)
 
