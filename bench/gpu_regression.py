@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from zerokl import kernels
 from zerokl.bench.kernel_cases import Case, Tensors, cases
 from zerokl.bench.tensor_core_cases import tensor_core_cases
 from zerokl.kernels.contract import CONTRACT_VERSION, CPU
@@ -45,6 +46,7 @@ def main() -> int:
     if device.type == "cuda" and not (torch.cuda.is_available() and find_spec("triton")):
         print("no GPU that torch sees, or no triton; --rehearse runs on the CPU", file=sys.stderr)
         return 2
+    kernels.accelerate()
     result: dict[str, Any] = {"about": about(device), "checks": {}, "digests": {}, "times": {}}
     for case in cases(options.rehearse) + tensor_core_cases(options.rehearse):
         if case.cuda_part and device.type == "cuda" and not has_cuda_part():
@@ -86,6 +88,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "commit": commit.stdout.strip() or "not a checkout",
         "contract": CONTRACT_VERSION,
         "versions": {name: version(name) for name in packages},
+        "accelerators": kernels.accelerators(),
         "command": " ".join(["python -m zerokl.bench.gpu_regression", *sys.argv[1:]]),
     }
 

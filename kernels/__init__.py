@@ -1,5 +1,6 @@
 """Batch-invariant kernels with one arithmetic on every backend (see CONTRACT.md). Needs torch and nothing else."""
 
+from .ops.accelerators import accelerate, accelerators
 from .ops.activation import silu_and_mul
 from .ops.attention import attention_paged, attention_varlen
 from .ops.collective import tree_all_reduce
@@ -36,6 +37,8 @@ __all__ = [
     "Routing",
     "Sampled",
     "SelectedLogprob",
+    "accelerate",
+    "accelerators",
     "attention_paged",
     "attention_varlen",
     "dequantize_fp8_block",

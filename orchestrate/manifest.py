@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zerokl
+from zerokl.kernels import accelerators
 from zerokl.kernels.contract import CONTRACT_VERSION, CPU
 
 _NAMESPACE = "zerokl::"
@@ -51,6 +52,7 @@ def build(engine: dict[str, Any], trainer: dict[str, Any], observed: Observed) -
         "profile": CPU.name,
         "machine": platform.machine(),
         "ops": ops,
+        "accelerators": accelerators(),
         "engine": engine,
         "trainer": trainer,
     }

@@ -12,6 +12,7 @@ from functools import cache, wraps
 import torch
 
 from . import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from .accelerators import dispatch
 
 KERNELS: dict[str, Callable[..., None]] = {
     "attention_backward": attention_backward.attention_backward,
@@ -44,7 +45,7 @@ def register() -> None:
         return
     library = torch.library.Library("zerokl", "IMPL", "CUDA")
     for name, kernel in KERNELS.items():
-        library.impl(name, _on_own_device(kernel))
+        library.impl(name, _on_own_device(dispatch(name, kernel)))
     _registered.append(library)
 
 

@@ -1,0 +1,93 @@
+"""Which of other libraries' kernels are used: only those that are byte-equal. Judged here on CPU stand-ins."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from zerokl import kernels
+from zerokl.kernels.ops._common import ops
+from zerokl.kernels.triton import accelerators
+from zerokl.kernels.triton.accelerators import CANDIDATES, Accelerator, accelerate, dispatch, judge
+
+CPU = torch.device("cpu")
+LINEAR = next(c for c in CANDIDATES if c.op == "linear")
+
+
+def small_cases(device):
+    for m in (1, 7, 65):
+        x, w = (accelerators._hashed(rows, 128, seed=rows, device=device) for rows in (m, 64))
+        yield x, w, None, 1, torch.empty(m, 64, dtype=torch.bfloat16)
+
+
+def candidate(run, package="torch", takes=LINEAR.takes):
+    return Accelerator("stand-in", "linear", package, takes, run, small_cases, (4,))
+
+
+def equal(x, w, bias, segments, y):
+    ops.linear(x, w, bias, segments, y)
+
+
+def one_bit_off(x, w, bias, segments, y):
+    ops.linear(x, w, bias, segments, y)
+    if len(x) == 65:
+        y.view(torch.int16)[64, 63] ^= 1
+
+
+def raises(*_):
+    raise RuntimeError("needs a better GPU")
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "on", "reason"),
+    [
+        (candidate(equal), True, "byte-equal on 3 cases"),
+        (candidate(one_bit_off), False, r"1 of 4160 values differ for shapes [(65, 128), (64, 128), (65, 64)]"),
+        (candidate(lambda x, w, b, s, y: y.copy_(x @ w.T)), False, "values differ"),
+        (candidate(lambda *_: None), False, "64 of 64 values differ"),
+        (candidate(raises), False, "RuntimeError: needs a better GPU"),
+        (candidate(equal, package="no_such_package"), False, "package no_such_package is not installed"),
+        (candidate(equal, takes=lambda *_: False), False, "no case was compared"),
+    ],
+)
+def test_verdicts(stand_in, on, reason):
+    verdict = judge(stand_in, ops.linear, CPU)
+    assert verdict.on == on
+    assert reason in verdict.reason
+
+
+def test_only_what_is_byte_equal_is_dispatched():
+    used = []
+
+    def seen(*arguments):
+        used.append(arguments[0].shape[0])
+        equal(*arguments)
+
+    call = dispatch("linear", ops.linear)
+    x, w, bias, segments, y = next(iter(small_cases(CPU)))
+    try:
+        assert [v.on for v in accelerate({"linear": ops.linear}, CPU, [candidate(seen)])] == [True]
+        used.clear()
+        call(x, w, bias, segments, y)
+        assert used == [1]
+        call(x, w, torch.zeros(64), segments, y)  # not taken: a bias
+        assert used == [1]
+        assert [v.on for v in accelerate({"linear": ops.linear}, CPU, [candidate(one_bit_off)])] == [False]
+        used.clear()
+        call(x, w, bias, segments, y)
+        assert used == []
+    finally:
+        accelerate({}, CPU, [])
+
+
+@pytest.mark.parametrize("chosen", CANDIDATES, ids=lambda c: c.name)
+def test_the_choice_never_sees_the_number_of_rows(chosen):
+    """R0: what is taken for one number of rows is taken for every other; and the cases are of the operator's form."""
+    taken = [chosen.takes(*arguments) for arguments in chosen.cases(torch.device("meta"))]
+    assert taken
+    assert all(taken)
+
+
+def test_without_a_gpu_nothing_is_judged():
+    assert kernels.accelerate() == ()
+    assert kernels.accelerators() == []
