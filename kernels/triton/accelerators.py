@@ -1,8 +1,8 @@
 """Other people's kernels for an op, used only where a byte comparison on this GPU shows that they meet the contract.
 
-`accelerate` judges each candidate at start-up over fixed cases: whatever differs in one byte, raises or is not installed
-stays off, and the verdict says why. So switching them on changes speed, never bits. Which arguments a candidate takes
-may depend on static sizes, never on the number of rows (R0). The payload of a NaN is not compared.
+`accelerate` judges each candidate at start-up over fixed cases: whatever differs in one byte, raises or is not
+installed stays off, and the verdict says why. So switching them on changes speed, never bits. Which arguments a
+candidate takes may depend on static sizes, never on the number of rows (R0). The payload of a NaN is not compared.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _linear_cases(device: torch.device) -> Iterable[tuple[Any, ...]]:
             yield _hashed(m, k, seed=m, device=device), w, None, 1, y
 
 
-def _takes_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, segments: int, y: torch.Tensor) -> bool:
+def _takes_linear(_x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, segments: int, y: torch.Tensor) -> bool:
     return bias is None and segments == 1 and y.dtype == torch.bfloat16 and not (w.shape[0] % 64 or w.shape[1] % 64)
 
 
