@@ -16,8 +16,7 @@ LINEAR = next(c for c in CANDIDATES if c.op == "linear")
 
 def small_cases(device):
     for m in (1, 7, 65):
-        x, w = (accelerators._hashed(rows, 128, seed=rows, device=device) for rows in (m, 64))
-        yield x, w, None, 1, torch.empty(m, 64, dtype=torch.bfloat16)
+        yield accelerators._linear_case(m, 64, 128, device)
 
 
 def candidate(run, package="torch", takes=LINEAR.takes):
