@@ -78,8 +78,15 @@ void row_weights(int64_t vocab, const float* z, float maximum, float* e) {
 
 // Drops (to -inf) what lies behind the cut in the order (z descending, index ascending). z starts at column `first`.
 void row_keep(int64_t vocab, float* z, int64_t first, float cut, int64_t cut_index) {
-  for (int64_t i = 0; i < vocab; i++)
-    if (z[i] < cut || (z[i] == cut && first + i > cut_index)) z[i] = -__builtin_inff();
+  vi lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  const vi last = set1i(int32_t(cut_index - first));  // below a vocabulary's size in magnitude
+  for (int64_t i = 0; i < vocab; i += W) {
+    int valid = vocab - i < W ? int(vocab - i) : W;
+    vf x = load_n(z + i, valid, 0.0f);
+    vi behind = (x < set1(cut)) | ((x == set1(cut)) & (lane + int32_t(i) > last));
+    store_n(z + i, behind ? set1(-__builtin_inff()) : x, valid);
+  }
 }
 
 // d logits = grad (1[target] - p) / temperature, p = exp(z - maximum) / sum, of z after temperature; one RNE to bf16.

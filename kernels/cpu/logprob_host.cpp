@@ -1,6 +1,7 @@
 // Selected log-probabilities over blocks of the vocabulary, their gradient, and sampling: row kernels put in order.
 // No [tokens, vocabulary] tensor is ever stored, only blocks of a few hundred rows.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int64_t kRowBlock = 240;                    // rows that share one pass over a vocabulary segment
 constexpr int64_t kFullRowBytes = int64_t(16) << 20;  // top-p / top-k need whole rows: this much of them at a time
+constexpr int64_t kFewEntries = 256;                  // entries a top-p mass usually ends within
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Buffers that live as long as a call.
@@ -37,6 +39,26 @@ void RowSum::segment(int64_t g, int64_t n, const float* z, bool with_moment) {
 
 void RowSum::merge() { ZEROKL_CALL(merge_sums, kVocabSegments, maximum, sum, moment); }
 
+// Indices by (z descending, index ascending), no NaN among z: a stable radix sort of the bits, turned so that they descend.
+void sort_descending(int64_t n, const float* z, std::vector<int32_t>& order) {
+  constexpr int kBits = 11, kPasses = 3;
+  struct Entry { uint32_t key; int32_t index; };
+  std::vector<Entry> entries(static_cast<size_t>(n)), next(entries.size());
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t bits = std::bit_cast<uint32_t>(z[i] + 0.0f);  // both zeros are equal
+    entries[size_t(i)] = {bits >> 31 ? bits : ~bits & 0x7fffffffu, int32_t(i)};
+  }
+  for (int pass = 0; pass < kPasses; pass++) {
+    const auto digit = [&](const Entry& e) { return e.key >> (pass * kBits) & ((1u << kBits) - 1); };
+    uint32_t start[(1 << kBits) + 1] = {};
+    for (const Entry& e : entries) start[digit(e) + 1]++;
+    for (int d = 0; d < 1 << kBits; d++) start[d + 1] += start[d];
+    for (const Entry& e : entries) next[start[digit(e)]++] = e;
+    entries.swap(next);
+  }
+  for (size_t i = 0; i < entries.size(); i++) order[i] = entries[i].index;
+}
+
 // The last entry kept, in the order (z descending, index ascending): rank < top_k, and the mass before it < top_p of all.
 // Mass is added in that order in fp32; rank 0 is always kept.
 Cut find_cut(int64_t vocab, const float* z, float top_p, int64_t top_k) {
@@ -54,10 +76,12 @@ Cut find_cut(int64_t vocab, const float* z, float top_p, int64_t top_k) {
   int64_t rank = 0, sorted = 0;
   for (; rank < most && (rank == 0 || top_p >= 1.0f || mass < limit); rank++) {
     if (rank == sorted) {
-      // order only as far as needed: the mass usually ends within a few hundred entries
-      const int64_t next = std::min(vocab, std::max<int64_t>(256, sorted * 4));
-      std::partial_sort(order.begin() + sorted, order.begin() + next, order.end(), before);
-      sorted = next;
+      // the mass usually ends within a few hundred entries; what does not is sorted as a whole
+      sorted = rank == 0 ? std::min(kFewEntries, vocab) : vocab;
+      if (rank == 0)
+        std::partial_sort(order.begin(), order.begin() + sorted, order.end(), before);
+      else
+        sort_descending(vocab, z, order);
     }
     mass += e[static_cast<size_t>(order[static_cast<size_t>(rank)])];
   }

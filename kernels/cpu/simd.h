@@ -61,8 +61,13 @@ ZK_INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c)
 ZK_INLINE vf round_even(vf x) { return (x + set1(0x1.8p23f)) - set1(0x1.8p23f); }
 
 // The second operand where the comparison is false, so a NaN in b survives and a NaN in a is dropped.
+#if defined(__AVX512F__)  // GCC would compare and blend
+ZK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+ZK_INLINE vf min(vf a, vf b) { return reinterpret_cast<vf>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+#else
 ZK_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 ZK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 // bf16 is the upper half of fp32.
 ZK_INLINE vf load_bf16(const uint16_t* p) {
@@ -82,6 +87,15 @@ ZK_INLINE float from_bf16(uint16_t h) {
 
 // fp32 to bf16, round to nearest even, subnormals kept, every NaN to 0x7fc0.
 ZK_INLINE void store_bf16(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+  // the instruction rounds alike but flushes subnormals and keeps NaN payloads: vectors that hold one take the long way
+  constexpr int kQuietNan = 0x01, kSubnormal = 0x20, kSignallingNan = 0x80;
+  if (!_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(x), kQuietNan | kSubnormal | kSignallingNan)) [[likely]] {
+    const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+    memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
   vu u = reinterpret_cast<vu&>(x);
   u = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vi nan = x != x;
@@ -142,10 +156,14 @@ ZK_INLINE vf exp2(vf x) {
   vf p = set1(kExp2Poly[top]);
   for (int i = top - 1; i >= 0; i--) p = fma(p, f, set1(kExp2Poly[i]));
   p = fma(p, f, set1(1.0f));
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   // 2^n in two exact factors: only the last product rounds
   vi k = __builtin_convertvector(n == n ? n : vf{}, vi), half = k >> 1;
   p = p * as_float((half + 127) << 23);
   return p * as_float((k - half + 127) << 23);
+#endif
 }
 
 // R4: log2(x). -inf at 0, NaN below 0, subnormals kept.
