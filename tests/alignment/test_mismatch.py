@@ -47,6 +47,11 @@ def test_ratios_of_tokens_sequences_and_their_geometric_mean():
         at_level(d, lengths, "batch")
 
 
+def test_differences_are_not_rounded_to_fp32():
+    d = log_ratios(torch.tensor([-16.0]), torch.tensor([-0.1]))  # fp32's -0.1 is -0.10000000149011612
+    assert d.tolist() == [15.899999998509884]
+
+
 def test_effective_sample_size_by_hand():
     assert effective_sample_size(torch.tensor([1.0, 3.0], dtype=torch.float64).log()) == exactly(16 / 10 / 2)
     assert effective_sample_size(torch.zeros(7, dtype=torch.float64)) == exactly(1.0)
