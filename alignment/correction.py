@@ -17,6 +17,7 @@ its geometric mean (`ratios.py`; every token of a sequence then has the same k).
 `old = "rollout"` (the bypass): old is b, there is no proximal policy, and rho = c / b is itself the importance weight,
 bounded by PPO's clip. So w is 1, with `mask` 0 where c / b leaves the bounds; `truncate` has nothing left to bound.
 
+GSPO itself clips the geometric ratio of the current policy inside the loss, with its gradient; here it is a weight.
 Masked tokens still count in N, as in IcePop. Weights are constants: no gradient flows through them. Equal bits give
 weights of exactly 1.
 """

@@ -72,7 +72,7 @@ def at_level(differences: torch.Tensor, lengths: torch.Tensor, level: Level) -> 
 def effective_sample_size(log_weights: torch.Tensor) -> float:
     """Share of samples that a weighted mean is worth, in [1/n, 1]: (sum w)^2 / (n sum w^2) (Kong, 1992).
 
-    `log_weights`: finite float64 [n]. In logarithms, so that no weight overflows; equal weights give 1.
+    `log_weights`: finite float64 [n]. Equal weights give exactly 1.
     """
-    log_size = 2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0)
-    return float(log_size.exp()) / log_weights.numel()
+    w = torch.exp(log_weights - log_weights.max())  # the largest is 1: nothing overflows, and the share is the same
+    return float(w.sum().square() / w.square().sum()) / w.numel()
