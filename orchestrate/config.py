@@ -9,11 +9,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from zerokl.orchestrate.errors import UserError
+
+if TYPE_CHECKING:
+    from zerokl.alignment.correction import Correction
 
 Options = dict[str, Any]
 
@@ -86,6 +89,36 @@ class AlgorithmTable(Table):
     normalize_std: bool = True
 
 
+class CorrectionTable(Table):
+    """Importance weights where rollout and trainer differ on purpose (formulas in `alignment/correction.py`).
+
+    The proximal policy is the one a step starts from, so its log-probabilities are those of the step's own forward.
+    """
+
+    enabled: bool = False
+    old: Literal["proximal", "rollout"] = Field(default="proximal", description="the policy the loss clips around")
+    level: Literal["token", "sequence", "geometric"] = "token"
+    outside: Literal["truncate", "mask"] = Field(default="truncate", description="what a ratio outside the bounds gets")
+    lower: float = 0.0
+    upper: float | None = Field(default=None, description="left out: no upper bound")
+
+    @model_validator(mode="after")
+    def _possible(self) -> CorrectionTable:
+        if self.model_fields_set:  # not for the defaults: the import below is slow
+            self._settings()
+        return self
+
+    def settings(self) -> Correction | None:
+        """What `correct` takes; None where it is off."""
+        return self._settings() if self.enabled else None
+
+    def _settings(self) -> Correction:
+        """Raises ValueError with every impossible value."""
+        from zerokl.alignment.correction import Correction
+
+        return Correction(**self.model_dump(exclude={"enabled"}))
+
+
 class DataTable(Table):
     """Where tasks come from: a callable `source(seed, **options)`, and how a task becomes a prompt.
 
@@ -142,6 +175,7 @@ class Config(Table):
     reward: RewardTable
     rollout: RolloutTable = RolloutTable()
     algorithm: AlgorithmTable = AlgorithmTable()
+    correction: CorrectionTable = CorrectionTable()
     control: ControlTable = ControlTable()
     run: RunTable = RunTable()
 

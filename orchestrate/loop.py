@@ -138,6 +138,7 @@ class Driver:
             reward_s=reward_s,
             train_s=train_s,
             sync_s=sync_s,
+            correction=result.correction,
             **_reward_metrics(scores, [s.advantage for s in samples], self.config.rollout.group_size),
             **_sample_metrics(samples),
             **_comparison_metrics(kept, result),
@@ -182,7 +183,9 @@ class Driver:
 
     def _train(self, number: int, samples: list[Sample], learning_rate: float) -> TrainReport:
         bare = [dataclasses.replace(sample, task=None) for sample in samples]  # the trainer needs no task
-        call = self.actors.trainer.step.remote(bare, self.config.algorithm, learning_rate)
+        call = self.actors.trainer.step.remote(
+            bare, self.config.algorithm, learning_rate, self.config.correction.settings()
+        )
         return self.actors.wait(call, f"training of step {number}")
 
     def _sync(self, number: int) -> SyncReport:

@@ -8,17 +8,23 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zerokl.orchestrate.errors import UserError
 from zerokl.orchestrate.files import write_text
+
+if TYPE_CHECKING:
+    from zerokl.alignment.correction import Diagnostics
 
 FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One training step. Every number is a plain float or int; NaN and Inf become null in the file."""
+    """One training step. Every number is a plain float or int; NaN and Inf become null in the file.
+
+    `correction`: only with importance weights (recipe table of that name); one column for each of its fields.
+    """
 
     step: int
     reward_mean: float
@@ -47,6 +53,14 @@ class StepMetrics:
     sync_bytes: int
     tokens_per_s: float
     weight_version: str
+    correction: Diagnostics | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Name -> value, as recorded."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "correction"}
+        if self.correction is not None:
+            values |= {f"correction_{name}": value for name, value in self.correction.to_dict().items()}
+        return values
 
 
 class MetricsFile:
@@ -61,7 +75,7 @@ class MetricsFile:
 
     def append(self, metrics: StepMetrics) -> None:
         """Write one line and wait until it is on disk."""
-        values = {key: _plain(value) for key, value in dataclasses.asdict(metrics).items()}
+        values = {key: _plain(value) for key, value in metrics.columns().items()}
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -99,7 +113,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def append(self, metrics: StepMetrics) -> None:
-        for key, value in dataclasses.asdict(metrics).items():
+        for key, value in metrics.columns().items():
             if isinstance(value, int | float) and key != "step" and math.isfinite(value):
                 self._writer.add_scalar(key, value, metrics.step)
         self._writer.flush()

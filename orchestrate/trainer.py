@@ -15,6 +15,7 @@ from zerokl.orchestrate.samples import Sample, microbatches
 if TYPE_CHECKING:
     import torch
 
+    from zerokl.alignment.correction import Corrected, Correction, Diagnostics
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
     from zerokl.weightsync.push import SyncReport
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """One optimizer step: loss, gradient norm before clipping, and the log-probabilities (fp32 [n]) of every sample."""
+    """One optimizer step: loss, gradient norm before clipping, the log-probabilities (fp32 [n]) of every sample, and
+    what the importance weights of the step did (None without correction)."""
 
     loss: float
     grad_norm: float
     logprobs: list[np.ndarray]
+    correction: Diagnostics | None = None
 
 
 class Trainer:
@@ -53,8 +56,17 @@ class Trainer:
         self.train = train
         return self.policy.manifest(), self.policy.weights_digest()
 
-    def step(self, samples: Sequence[Sample], algorithm: AlgorithmTable, learning_rate: float) -> TrainReport:
-        """One optimizer step on the samples; their log-probabilities are those of this very forward."""
+    def step(
+        self,
+        samples: Sequence[Sample],
+        algorithm: AlgorithmTable,
+        learning_rate: float,
+        correction: Correction | None = None,
+    ) -> TrainReport:
+        """One optimizer step on the samples; their log-probabilities are those of this very forward.
+
+        `correction` weights the loss for samples of another policy; None trusts the rollout's log-probabilities.
+        """
         import torch
 
         from zerokl.alignment.types import PackedBatch
@@ -67,13 +79,18 @@ class Trainer:
         total = sum(len(values) for values in old)
 
         def loss(logprobs: torch.Tensor, index: int) -> torch.Tensor:
+            anchor, weights = torch.from_numpy(old[index]), None
+            if correction is not None:
+                corrected = _corrected([samples[i] for i in batches[index]], logprobs.detach(), correction)
+                anchor, weights = corrected.old, corrected.weights
             return grpo.loss(
                 logprobs,
-                torch.from_numpy(old[index]),
+                anchor,
                 torch.from_numpy(advantage[index]),
                 total_tokens=total,
                 clip_low=algorithm.clip_low,
                 clip_high=algorithm.clip_high,
+                weights=weights,
             )
 
         self.policy.set_learning_rate(learning_rate)
@@ -81,7 +98,10 @@ class Trainer:
         scored = [
             part for batch, lp in zip(batches, result.logprobs, strict=True) for part in _split(samples, batch, lp)
         ]
-        return TrainReport(result.loss, result.grad_norm, scored)
+        diagnostics = (
+            None if correction is None else _corrected(samples, torch.cat(result.logprobs), correction).diagnostics
+        )
+        return TrainReport(result.loss, result.grad_norm, scored, diagnostics)
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probabilities of every sample by the training forward (gradients on), without an update."""
@@ -140,6 +160,20 @@ def _optimizer(train: TrainTable) -> Any:
 
 def _pairs(samples: Sequence[Sample]) -> tuple[list[Any], list[Any]]:
     return [s.request for s in samples], [s.generation for s in samples]
+
+
+def _corrected(samples: Sequence[Sample], logprobs: torch.Tensor, settings: Correction) -> Corrected:
+    """Weights for the samples' tokens, packed in order; `logprobs` fp32 [n]: the trainer's, before the update.
+
+    One update for each batch of samples: the policy it starts from is both the proximal and the current one.
+    """
+    import torch
+
+    from zerokl.alignment.correction import correct
+
+    rollout = torch.from_numpy(_concatenated([s.generation.logprobs for s in samples]))
+    ends = np.cumsum([0, *(len(s.generation.output_ids) for s in samples)])
+    return correct(rollout, logprobs, logprobs, torch.from_numpy(ends), settings)
 
 
 def _spread(sample: Sample) -> np.ndarray:

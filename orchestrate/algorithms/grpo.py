@@ -10,7 +10,8 @@ all equal says nothing: its advantages are exactly 0. The loss over all N tokens
     L = -1/N * sum_t min(rho_t * A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) * A_t),   rho_t = exp(logp_t - old_t)
 
 the token mean of DAPO (Yu et al., arXiv:2503.14476), whose asymmetric clip it allows. `old` are the rollout's
-log-probabilities; here they equal the trainer's bit for bit, so rho is exactly 1 in the step's forward.
+log-probabilities; here they equal the trainer's bit for bit, so rho is exactly 1 in the step's forward. Where they do
+not on purpose, `alignment/correction.py` gives `old` and a weight for every term of the sum.
 """
 
 from __future__ import annotations
@@ -43,12 +44,16 @@ def loss(
     total_tokens: int,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """This micro-batch's share of the loss: fp32 scalar.
 
     logprobs fp32 [n] (with gradient), old fp32 [n], token_advantages fp32 [n]; `total_tokens` is N of the whole step,
-    so that the shares of all micro-batches sum to L.
+    so that the shares of all micro-batches sum to L; `weights` fp32 [n] multiply the terms, after the clip.
     """
     ratio = torch.exp(logprobs - old)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * token_advantages, clipped * token_advantages).sum() / total_tokens
+    terms = torch.minimum(ratio * token_advantages, clipped * token_advantages)
+    if weights is not None:
+        terms = weights * terms
+    return -terms.sum() / total_tokens

@@ -1,11 +1,14 @@
 """A recipe is right as a whole or refused with every problem named."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import zerokl
-from zerokl.orchestrate.config import load
+from zerokl.alignment.correction import Correction, Old, Outside
+from zerokl.alignment.ratios import Level
+from zerokl.orchestrate.config import CorrectionTable, load
 from zerokl.orchestrate.errors import UserError
 
 GOOD = """
@@ -74,6 +77,29 @@ def test_every_problem_is_listed_at_once(recipe):
 def test_impossible_values_are_refused(recipe, change):
     with pytest.raises(UserError, match=change.split("=", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1]):
         load(recipe(), [change])
+
+
+def test_correction_is_off_unless_asked_for(recipe):
+    assert load(recipe()).correction.settings() is None
+    assert load(recipe(), ["correction.upper=2.0"]).correction.settings() is None
+    on = load(recipe(), ["correction.enabled=true", "correction.level=sequence", "correction.upper=2"])
+    assert on.correction.settings() == Correction(level="sequence", upper=2.0)
+
+
+def test_every_choice_of_a_correction_is_a_value_of_the_recipe():
+    for key, choices in (("old", Old), ("level", Level), ("outside", Outside)):
+        assert get_args(CorrectionTable.model_fields[key].annotation) == get_args(choices)
+
+
+def test_an_impossible_correction_is_listed_with_all_other_problems(recipe):
+    with pytest.raises(UserError) as error:
+        load(recipe(), ["correction.enabled=true", "correction.outside=mask", "correction.lower=-1.0", "run.seed=-1"])
+    for part in ("correction: lower must lie in [0, 1]", "needs lower or upper", "run.seed", "2 problem"):
+        assert part in str(error.value)
+    # a mistake does not wait until the table is switched on
+    for change in ("upper=0.5", "lower=nan", "upper=inf", "level=batch", "cap=2.0", "enabled=1"):
+        with pytest.raises(UserError, match=change.split("=", maxsplit=1)[0]):
+            load(recipe(), [f"correction.{change}"])
 
 
 def test_broken_or_missing_file(recipe, tmp_path):

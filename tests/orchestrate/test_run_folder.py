@@ -36,7 +36,11 @@ def config(tmp_path):
 
 
 def step(number, **changes):
-    values = {f.name: 0 if f.type == "int" else 0.0 for f in dataclasses.fields(metrics.StepMetrics)}
+    values = {
+        f.name: 0 if f.type == "int" else 0.0
+        for f in dataclasses.fields(metrics.StepMetrics)
+        if f.default is dataclasses.MISSING
+    }
     values |= {"step": number, "reward_mean": number / 10, "tokens": 100, "step_s": 2.0, "weight_version": str(number)}
     return metrics.StepMetrics(**(values | changes))
 
