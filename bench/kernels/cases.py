@@ -38,53 +38,41 @@ def cases(device: torch.device) -> list[Speed]:
         (4096, 12288, 32, 8, 128, 151936) if gpu else (576, 1536, 9, 3, 64, 49152)
     )
     rows = (32, 8192) if gpu else (32, 1024)
+    weights, batches = ((2 * inner, width), (width, inner)), (1, 4, 256, 4096 if gpu else 1024)
     return [
-        *linears(device, [(2 * inner, width), (width, inner)], (1, 4, 256, 4096) if gpu else (1, 4, 256, 1024)),
-        *row_ops(device, rows, width, inner, heads, dim),
+        *(linear(device, m, n, k) for n, k in weights for m in batches),
+        *(case for m in rows for case in row_ops(device, m, width, inner, heads, dim)),
         *attentions(device, heads, kv_heads, dim, 8192 if gpu else 1024, (64, 4096) if gpu else (32, 512)),
         *scores(device, width, vocab, (64, 4096) if gpu else (32, 256)),
         *experts(device, 2048 if gpu else 256, 2048 if gpu else 512, 768 if gpu else 256),
-        *quantisers(device, rows, inner),
+        *(case for m in rows for case in quantisers(device, m, inner)),
     ]
 
 
-def linears(device: torch.device, weights: list[tuple[int, int]], rows: tuple[int, ...]) -> list[Speed]:
-    made = []
-    for n, k in weights:
-        w = draw(n, k, device=device)
-        wide = w.float()
-        for m in rows:
-            x = draw(m, k, device=device)
-            at_fp32 = device.type == "cpu" and m >= 256  # a CPU's goal there is torch's fp32 rate
-            operands = (x.float(), wide) if at_fp32 else (x, w)
-            made.append(
-                Speed(
-                    "linear", f"{m}x{n}x{k}{' fp32' if at_fp32 else ''}", lambda x=x, w=w: kernels.linear(x, w),
-                    lambda operands=operands: operands[0] @ operands[1].T, 2.0 * n * k, 2.0 * m * n * k, 0.9,
-                )
-            )  # fmt: skip
-    return made
+def linear(device: torch.device, m: int, n: int, k: int) -> Speed:
+    x, w = draw(m, k, device=device), draw(n, k, device=device)
+    at_fp32 = device.type == "cpu" and m >= 256  # a CPU's goal there is torch's fp32 rate
+    left, right = (x.float(), w.float()) if at_fp32 else (x, w)
+    return Speed(
+        "linear", f"{m}x{n}x{k}{' fp32' if at_fp32 else ''}", lambda: kernels.linear(x, w), lambda: left @ right.T,
+        2.0 * n * k, 2.0 * m * n * k, 0.9,
+    )  # fmt: skip
 
 
-def row_ops(device: torch.device, rows: tuple[int, ...], width: int, inner: int, heads: int, dim: int) -> list[Speed]:
-    made = []
-    table = kernels.rotary_table(4096, dim, 1e4).to(device)
-    w = draw(width, device=device)
-    for m in rows:
-        x, r = draw(m, width, device=device), draw(m, width, device=device)
-        up = draw(m, 2 * inner, device=device)
-        q, positions = draw(m, heads, dim, device=device), torch.arange(m, device=device)
-        made += [
-            Speed("rms_norm", f"{m}x{width}", lambda x=x: kernels.rms_norm(x, w, 1e-6),
-                  lambda x=x: functional.rms_norm(x, (width,), w, 1e-6), 4.0 * m * width, goal=2),
-            Speed("rms_norm residual", f"{m}x{width}", lambda x=x, r=r: kernels.rms_norm(x, w, 1e-6, residual=r),
-                  lambda x=x, r=r: functional.rms_norm(x + r, (width,), w, 1e-6), 8.0 * m * width, goal=2),
-            Speed("silu_and_mul", f"{m}x{inner}", lambda x=up: kernels.silu_and_mul(x),
-                  lambda x=up: functional.silu(x[:, :inner]) * x[:, inner:], 6.0 * m * inner, goal=2),
-            Speed("rotary", f"{m}x{heads}x{dim}", lambda q=q, p=positions: kernels.rotary(q, q, p, table),
-                  lambda q=q, p=positions: (_rotate(q, p, table), _rotate(q, p, table)), 8.0 * m * heads * dim),
-        ]  # fmt: skip
-    return made
+def row_ops(device: torch.device, m: int, width: int, inner: int, heads: int, dim: int) -> list[Speed]:
+    x, r, w = draw(m, width, device=device), draw(m, width, device=device), draw(width, device=device)
+    up, q = draw(m, 2 * inner, device=device), draw(m, heads, dim, device=device)
+    positions, table = torch.arange(m, device=device), kernels.rotary_table(m, dim, 1e4).to(device)
+    return [
+        Speed("rms_norm", f"{m}x{width}", lambda: kernels.rms_norm(x, w, 1e-6),
+              lambda: functional.rms_norm(x, (width,), w, 1e-6), 4.0 * m * width, goal=2),
+        Speed("rms_norm residual", f"{m}x{width}", lambda: kernels.rms_norm(x, w, 1e-6, residual=r),
+              lambda: functional.rms_norm(x + r, (width,), w, 1e-6), 8.0 * m * width, goal=2),
+        Speed("silu_and_mul", f"{m}x{inner}", lambda: kernels.silu_and_mul(up),
+              lambda: functional.silu(up[:, :inner]) * up[:, inner:], 6.0 * m * inner, goal=2),
+        Speed("rotary", f"{m}x{heads}x{dim}", lambda: kernels.rotary(q, q, positions, table),
+              lambda: (_rotate(q, positions, table), _rotate(q, positions, table)), 8.0 * m * heads * dim),
+    ]  # fmt: skip
 
 
 def _rotate(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -97,37 +85,37 @@ def attentions(
 ) -> list[Speed]:
     q, k, v = (draw(length, h, dim, device=device) for h in (heads, kv_heads, kv_heads))
     cu = torch.tensor([0, length], dtype=torch.int32, device=device)
-    batched = [t.transpose(0, 1)[None] for t in (q, k, v)]
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    torch_leaves = [t.clone().requires_grad_() for t in batched]
+    bq, bk, bv = (t.transpose(0, 1)[None] for t in (q, k, v))
+    leaves = gq, gk, gv = [t.clone().requires_grad_() for t in (q, k, v)]
+    torch_leaves = tq, tk, tv = [t.clone().requires_grad_() for t in (bq, bk, bv)]
     dout = draw(length, heads, dim, device=device)
     scale, flops = dim**-0.5, 2.0 * length * length * heads * dim
 
     def ours_backward() -> object:
-        out = kernels.attention_varlen(*leaves, cu, scale=scale)
+        out = kernels.attention_varlen(gq, gk, gv, cu, scale=scale)
         return torch.autograd.grad(out, leaves, dout)
 
     def torch_backward() -> object:
-        out = functional.scaled_dot_product_attention(*torch_leaves, is_causal=True, enable_gqa=True)
+        out = functional.scaled_dot_product_attention(tq, tk, tv, is_causal=True, enable_gqa=True)
         return torch.autograd.grad(out, torch_leaves, dout.transpose(0, 1)[None])
 
     batch, keys = decode
     page, pages = 64, keys // 64
-    cache = [draw(batch * pages, page, kv_heads, dim, device=device) for _ in range(2)]
+    k_cache, v_cache = (draw(batch * pages, page, kv_heads, dim, device=device) for _ in range(2))
     table = torch.randperm(batch * pages, device=device).int().reshape(batch, pages)
     lens = torch.full((batch,), keys, dtype=torch.int32, device=device)
     one, query = torch.ones_like(lens), draw(batch, heads, dim, device=device)
-    dense = [t.reshape(batch, keys, kv_heads, dim).transpose(1, 2) for t in cache]
+    dk, dv = (t.reshape(batch, keys, kv_heads, dim).transpose(1, 2) for t in (k_cache, v_cache))
     return [
         Speed("attention_varlen", f"{length} {heads}/{kv_heads}x{dim}",
               lambda: kernels.attention_varlen(q, k, v, cu, scale=scale),
-              lambda: functional.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True),
+              lambda: functional.scaled_dot_product_attention(bq, bk, bv, is_causal=True, enable_gqa=True),
               flops=flops, goal=2),
         Speed("attention + backward", f"{length} {heads}/{kv_heads}x{dim}", ours_backward, torch_backward,
               flops=3.5 * flops, goal=2),
         Speed("attention_paged decode", f"{batch}x{keys}",
-              lambda: kernels.attention_paged(query, *cache, table, lens, one, scale=scale),
-              lambda: functional.scaled_dot_product_attention(query[:, :, None], *dense, enable_gqa=True),
+              lambda: kernels.attention_paged(query, k_cache, v_cache, table, lens, one, scale=scale),
+              lambda: functional.scaled_dot_product_attention(query[:, :, None], dk, dv, enable_gqa=True),
               4.0 * batch * keys * kv_heads * dim, goal=2),
     ]  # fmt: skip
 
@@ -137,7 +125,6 @@ def scores(device: torch.device, width: int, vocab: int, rows: tuple[int, int]) 
     head = draw(vocab, width, device=device, scale=width**-0.5)
     hidden, targets = draw(many, width, device=device), torch.arange(many, device=device)
     logits, seed = draw(few, vocab, device=device).float(), torch.arange(few, device=device)
-    options = {"temperature": 0.8, "top_p": 0.95}
     return [
         Speed("selected_logprob", f"{many}x{vocab}x{width}",
               lambda: kernels.selected_logprob(hidden, head, targets, temperature=0.8),
@@ -148,8 +135,9 @@ def scores(device: torch.device, width: int, vocab: int, rows: tuple[int, int]) 
               lambda: torch.log_softmax(logits / 0.8, -1).gather(1, seed[:, None]), 4.0 * few * vocab, goal=2),
         Speed("sample", f"{few}x{vocab}", lambda: kernels.sample(logits, seed=seed, position=seed),
               lambda: torch.multinomial(torch.softmax(logits, -1), 1), 4.0 * few * vocab),
-        Speed("sample top-p", f"{few}x{vocab}", lambda: kernels.sample(logits, seed=seed, position=seed, **options),
-              lambda: _torch_top_p(logits, **options), 4.0 * few * vocab),
+        Speed("sample top-p", f"{few}x{vocab}",
+              lambda: kernels.sample(logits, seed=seed, position=seed, temperature=0.8, top_p=0.95),
+              lambda: _torch_top_p(logits, 0.8, 0.95), 4.0 * few * vocab),
     ]  # fmt: skip
 
 
@@ -188,19 +176,16 @@ def experts(device: torch.device, tokens: int, width: int, inner: int, count: in
     ]  # fmt: skip
 
 
-def quantisers(device: torch.device, rows: tuple[int, ...], inner: int) -> list[Speed]:
-    made = []
-    for m in rows:
-        x = draw(m, inner, device=device)
-        made += [
-            Speed("quantize_fp8_block", f"{m}x{inner}", lambda x=x: kernels.quantize_fp8_block(x, block=(1, 128)),
-                  lambda x=x: _torch_fp8(x, 128), 3.0 * m * inner),
-            Speed("quantize_mxfp8", f"{m}x{inner}", lambda x=x: kernels.quantize_mxfp8(x),
-                  lambda x=x: _torch_fp8(x, 32), 3.0 * m * inner),
-            Speed("quantize_int4_group", f"{m}x{inner}", lambda x=x: kernels.quantize_int4_group(x, group=128),
-                  lambda x=x: _torch_int4(x), 2.5 * m * inner),
-        ]  # fmt: skip
-    return made
+def quantisers(device: torch.device, m: int, inner: int) -> list[Speed]:
+    x = draw(m, inner, device=device)
+    return [
+        Speed("quantize_fp8_block", f"{m}x{inner}", lambda: kernels.quantize_fp8_block(x, block=(1, 128)),
+              lambda: _torch_fp8(x, 128), 3.0 * m * inner),
+        Speed("quantize_mxfp8", f"{m}x{inner}", lambda: kernels.quantize_mxfp8(x), lambda: _torch_fp8(x, 32),
+              3.0 * m * inner),
+        Speed("quantize_int4_group", f"{m}x{inner}", lambda: kernels.quantize_int4_group(x, group=128),
+              lambda: _torch_int4(x), 2.5 * m * inner),
+    ]  # fmt: skip
 
 
 def _torch_fp8(x: torch.Tensor, block: int) -> object:
