@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -46,42 +47,43 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check(condition: bool, op: str, message: str) -> None:
-    """Raise ValueError naming the op unless the condition holds (R10)."""
+def fail(op: str, message: str) -> NoReturn:
+    """Raise ValueError naming the op (R10)."""
+    raise ValueError(f"zerokl.kernels.{op}: {message}")
+
+
+def check(condition: bool, op: str, message: str | Callable[[], str]) -> None:
+    """`fail` unless the condition holds. A function as message is called only then: texts cost more than checks."""
     if not condition:
-        raise ValueError(f"zerokl.kernels.{op}: {message}")
+        fail(op, message if isinstance(message, str) else message())
 
 
 def check_device(op: str, **tensors: torch.Tensor | None) -> None:
     """Every given tensor is on one device, and this process has kernels for it."""
     device = None
     for name, t in tensors.items():
-        if t is None:
+        if t is None or t.device == device:
             continue
-        device = device or t.device
-        check(t.device == device, op, f"{name} is on {t.device}, other arguments on {device}; move them to one device")
-        check(
-            t.device.type in DEVICES,
-            op,
-            f"{name} is on {t.device}; supported: {', '.join(DEVICES)} (cuda needs a GPU that torch sees and triton)",
-        )
+        if device is not None:
+            fail(op, f"{name} is on {t.device}, other arguments on {device}; move them to one device")
+        device = t.device
+        if device.type not in DEVICES:
+            supported = ", ".join(DEVICES)
+            fail(op, f"{name} is on {device}; supported: {supported} (cuda needs a GPU that torch sees and triton)")
 
 
 def check_bf16(op: str, **tensors: torch.Tensor | None) -> None:
     """Every given tensor is bf16, all on one supported device."""
     for name, t in tensors.items():
-        if t is not None:
-            check(t.dtype == torch.bfloat16, op, f"{name} is {t.dtype}; supported: torch.bfloat16")
+        if t is not None and t.dtype != torch.bfloat16:
+            fail(op, f"{name} is {t.dtype}; supported: torch.bfloat16")
     check_device(op, **tensors)
 
 
 def check_segments(op: str, segments: int, depth: int) -> None:
     """R2: a power of two that cuts the depth into equal parts of whole pairs."""
-    check(
-        segments >= 1 and segments & (segments - 1) == 0 and (segments == 1 or depth % (2 * segments) == 0),
-        op,
-        f"segments={segments} must be a power of two that cuts K={depth} into even parts",
-    )
+    if segments < 1 or segments & (segments - 1) or (segments > 1 and depth % (2 * segments)):
+        fail(op, f"segments={segments} must be a power of two that cuts K={depth} into even parts")
 
 
 def per_row(

@@ -10,7 +10,7 @@ from ._common import check, check_bf16, needs_grad, ops
 
 
 def _silu_and_mul(x: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     ops.silu_and_mul(x, row_weight, y)
     return y
 
@@ -40,12 +40,12 @@ def silu_and_mul(x: torch.Tensor, *, row_weight: torch.Tensor | None = None) -> 
     check(
         x.dim() >= 1 and x.shape[-1] % 2 == 0 and x.shape[-1] > 0,
         "silu_and_mul",
-        f"x {tuple(x.shape)} must end in an even size",
+        lambda: f"x {tuple(x.shape)} must end in an even size",
     )
     check(
         row_weight is None or (row_weight.dtype == torch.float32 and row_weight.shape == x.shape[:-1]),
         "silu_and_mul",
-        f"row_weight must be fp32 {tuple(x.shape[:-1])}",
+        lambda: f"row_weight must be fp32 {tuple(x.shape[:-1])}",
     )
     x, row_weight = x.contiguous(), None if row_weight is None else row_weight.contiguous()
     forward = _SiluAndMul.apply if needs_grad(x, row_weight) else _silu_and_mul

@@ -44,18 +44,18 @@ def _options(
     op: str, q: torch.Tensor, kv_heads: int, dim: int, window: int | None, sinks: torch.Tensor | None
 ) -> tuple[int, torch.Tensor | None]:
     """Window (0: none) and sinks (fp32) as the compiled ops take them, once everything is checked."""
-    check(q.dim() == 3, op, f"q {tuple(q.shape)} must be [T, heads, D]")
-    check(q.shape[2] == dim, op, f"q has head dim {q.shape[2]}, keys {dim}")
+    check(q.dim() == 3, op, lambda: f"q {tuple(q.shape)} must be [T, heads, D]")
+    check(q.shape[2] == dim, op, lambda: f"q has head dim {q.shape[2]}, keys {dim}")
     check(
         kv_heads > 0 and q.shape[1] % kv_heads == 0,
         op,
-        f"{q.shape[1]} query heads are not a multiple of {kv_heads} key heads",
+        lambda: f"{q.shape[1]} query heads are not a multiple of {kv_heads} key heads",
     )
-    check(window is None or window > 0, op, f"window={window} must be positive")
+    check(window is None or window > 0, op, lambda: f"window={window} must be positive")
     check(
         sinks is None or (sinks.shape == (q.shape[1],) and sinks.dtype in (torch.float32, torch.bfloat16)),
         op,
-        f"sinks must be fp32 or bf16 [{q.shape[1]}]",
+        lambda: f"sinks must be fp32 or bf16 [{q.shape[1]}]",
     )
     return window or 0, None if sinks is None else sinks.float().contiguous()
 
@@ -93,11 +93,11 @@ def attention_varlen(
     check(
         k.dim() == v.dim() == 3 and k.shape[:2] == v.shape[:2] and k.shape[0] == q.shape[0],
         op,
-        f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, Hk, D] and [T, Hk, Dv] with q's T",
+        lambda: f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, Hk, D] and [T, Hk, Dv] with q's T",
     )
     width, sinks = _options(op, q, k.shape[1], k.shape[2], window, sinks)
     cu = cu_seqlens.to(torch.int32).contiguous()
-    check(cu.dim() == 1 and cu.numel() >= 1, op, f"cu_seqlens {tuple(cu.shape)} must be [B + 1]")
+    check(cu.dim() == 1 and cu.numel() >= 1, op, lambda: f"cu_seqlens {tuple(cu.shape)} must be [B + 1]")
     return _AttentionVarlen.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu, scale, causal, width, sinks)
 
 

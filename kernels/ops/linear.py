@@ -12,7 +12,7 @@ from ._common import WeightGrad, check, check_bf16, check_device, check_segments
 def _linear(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, segments: int, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    y = torch.empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
     ops.linear(x, w, None if bias is None else bias.float(), segments, y)
     return y
 
@@ -73,11 +73,13 @@ def linear(
     check(
         w.dim() == 2 and x.dim() >= 1 and x.shape[-1] == w.shape[1],
         "linear",
-        f"x {tuple(x.shape)} does not fit w {tuple(w.shape)}",
+        lambda: f"x {tuple(x.shape)} does not fit w {tuple(w.shape)}",
     )
     check(bias is None or bias.shape == (w.shape[0],), "linear", "bias must have shape [N]")
     check(
-        out_dtype in (torch.bfloat16, torch.float32), "linear", f"out_dtype {out_dtype}; supported: bfloat16, float32"
+        out_dtype in (torch.bfloat16, torch.float32),
+        "linear",
+        lambda: f"out_dtype {out_dtype}; supported: bfloat16, float32",
     )
     check_segments("linear", segments, w.shape[1])
     check(w.is_contiguous(), "linear", "w must be contiguous")
@@ -117,7 +119,7 @@ def embedding(ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     check(
         not ids.dtype.is_floating_point and ids.dtype != torch.bool,
         "embedding",
-        f"ids are {ids.dtype}; supported: integers",
+        lambda: f"ids are {ids.dtype}; supported: integers",
     )
     check(w.dim() == 2 and w.is_contiguous(), "embedding", "w must be a contiguous [V, H]")
     forward = _Embedding.apply if needs_grad(w) else _embedding

@@ -70,7 +70,7 @@ def rms_norm(
     check(
         w.dim() == 1 and x.dim() >= 1 and x.shape[-1] == w.shape[0] > 0,
         "rms_norm",
-        f"x {tuple(x.shape)} does not fit w {tuple(w.shape)}",
+        lambda: f"x {tuple(x.shape)} does not fit w {tuple(w.shape)}",
     )
     check(w.is_contiguous(), "rms_norm", "w must be contiguous")
     check(residual is None or residual.shape == x.shape, "rms_norm", "residual must have x's shape")
