@@ -21,11 +21,6 @@ class ColumnsConfig:
     num_warps: int
 
 
-def router_config(tokens: int) -> RowsConfig:
-    """One warp per token: few tokens spread over programs, many share larger ones."""
-    return RowsConfig(1, 1) if tokens < 256 else RowsConfig(4, 4)
-
-
 def combine_config(width: int) -> ColumnsConfig:
     """Eight bf16 (16 bytes) a thread where the row is long enough."""
     return ColumnsConfig(1024, 4) if width >= 1024 else ColumnsConfig(256, 1)

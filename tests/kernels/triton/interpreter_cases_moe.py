@@ -16,7 +16,6 @@ from interpreted import chain_matrix_steps
 
 from zerokl.kernels.ops._common import ops
 from zerokl.kernels.triton import KERNELS, grouped_linear, router
-from zerokl.kernels.triton.moe_config import RowsConfig
 
 chain_matrix_steps()
 KINDS = ["plain", "wide", "cancel", "tiny"]
@@ -60,17 +59,10 @@ def logits_of(rows, experts):
     return z
 
 
-@pytest.fixture(params=[1, 4])
-def side(request, monkeypatch):
-    """Rows that a program of the router holds."""
-    monkeypatch.setattr(router, "router_config", lambda _: RowsConfig(request.param, request.param))
-
-
 @pytest.mark.parametrize(("experts", "groups"), [(e, g) for e, choices in GROUPS.items() for g in choices])
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_router_topk(monkeypatch, experts, groups, sigmoid, bias):
-    monkeypatch.setattr(router, "router_config", lambda _: RowsConfig(4, 4))
+def test_router_topk(experts, groups, sigmoid, bias):
     rows, k, renormalize = 6, 3 if experts > 8 else 8, groups[0] != 8
     z, b = logits_of(rows, experts), hashed(experts, seed=9).float() if bias else None
     outputs = [torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)]
@@ -79,7 +71,7 @@ def test_router_topk(monkeypatch, experts, groups, sigmoid, bias):
     same("router_topk_backward", (z, index, dweight, sigmoid, renormalize, 2.5), [torch.empty_like(z)])
 
 
-def test_ties_go_to_the_lower_index_and_nan_to_nobody(side):
+def test_ties_go_to_the_lower_index_and_nan_to_nobody():
     z = torch.zeros(3, 6)
     z[1, 2], z[2, :] = NAN, NAN
     bias = torch.tensor([0.0, -0.0, 0.0, -0.0, 1.0, 1.0])
@@ -92,7 +84,7 @@ def test_ties_go_to_the_lower_index_and_nan_to_nobody(side):
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_router_replay(side, sigmoid):
+def test_router_replay(sigmoid):
     z = logits_of(6, 16)
     index = torch.tensor([[15, 0, 7]]).repeat(6, 1)
     options = (sigmoid, 1, 1, 1, True, 1.5, True)
@@ -114,7 +106,7 @@ def test_router_refuses_more_experts_than_a_program_holds():
         router.router_topk_backward(z, index, weight, False, True, 1.0, z)
 
 
-def test_router_beside_nan_rows(side):
+def test_router_beside_nan_rows():
     """R0, forward and backward."""
     clean = hashed(6, 24, seed=1).float() * 5
     dirty = clean.clone()
