@@ -51,6 +51,7 @@ def router_backward_case(stack: int | tuple[int, int, int] = 0, **options) -> Ca
         "scale",
         {"RENORMALIZE": True, **options},
         warps=1,
+        stack=stack,
     )
 
 
