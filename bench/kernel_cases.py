@@ -105,9 +105,10 @@ def _moe_cases(small: bool) -> list[Case]:
         ),
     ]  # fmt: skip
     for tokens, route in ((few, _round_robin), (many, _routed)):
+        inputs = partial(_grouped_inputs, route(tokens, experts, k), experts, width, inner)
         made.append(
             Case(
-                f"grouped_linear T={tokens}", partial(_grouped_inputs, route(tokens, experts, k), experts, width, inner),
+                f"grouped_linear T={tokens}", inputs,
                 lambda x, w, o: (kernels.grouped_linear(x, w, o),), False,
                 torch_run=lambda x, w, o: functional.grouped_mm(x, w.transpose(1, 2), offs=o[1:].int()),
                 gigabytes=2e-9 * min(experts, tokens * k) * inner * width, teraflops=2e-12 * tokens * k * inner * width,
