@@ -56,8 +56,11 @@ def _chosen(logits_ptr, index_ptr, slot, m, total, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _key(x):
-    """Integers in the order of the floats, both zeros equal, NaN below every number and above the lowest integer."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    """Integers in the order of the floats, NaN below every number and above the lowest integer.
+
+    -0 does not occur: scores are not negative, what is added to them or to the +0 of a sum does not give it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, bits ^ ((bits >> 31) & _LAST), -_LAST)
 
 
@@ -68,7 +71,7 @@ def _ticket(score, index):
 
 @triton.jit
 def _score_of(ticket):
-    """The score that a ticket was made of, -0 as +0."""
+    """The score that a ticket was made of."""
     key = (ticket >> 32).to(tl.int32)
     return (key ^ ((key >> 31) & _LAST)).to(tl.float32, bitcast=True)
 

@@ -172,6 +172,15 @@ def test_combine_adds_in_slot_order():
         assert_same_bits(out, y[position[:, 2]], "what is left")
 
 
+def test_combine_rounds_once_a_slot():
+    """Opposite rows of equal weight leave what the first product lost: nothing, were the second rounded too."""
+    _, _, position = order(routed(4, 2))
+    y, weight = hashed(8, 40, seed=1), (hashed(4, 1, seed=2).float() * (1 + 2.0**-20)).expand(4, 2).contiguous()
+    y[position[:, 1]] = -y[position[:, 0]]
+    (out,) = same("moe_combine", (y, position, weight, None), [torch.empty(4, 40, dtype=torch.bfloat16)])
+    assert (out != 0).any()
+
+
 COUNTS = [[0, 5, 17, 0, 14, 0], [33, 0, 0], [0, 0, 40], [4, 4, 4], [0, 0]]
 
 

@@ -16,13 +16,13 @@ OFFSETS = "offsets_ptr:i64"
 
 def grouped_case(block_m: int, block_n: int, block_k: int, warps: int, stages: int, stack: int = 0, **options) -> Case:
     """The experts' product as linear_config tiles it; k contiguous in the weights, or (DX) not."""
-    strides = {"w_column": 1} if options.pop("DX", False) else {"w_row": 1}
+    unit = {"w_column": 1} if options.pop("DX", False) else {"w_row": 1}
     flags = {"SEGMENTS": 1, "EVEN_K": True, "EXPERTS": 128, "GROUP": 8}
     return Case(
         grouped_linear.grouped_kernel,
         f"a_ptr:bf16 w_ptr:bf16 {OFFSETS} y_ptr:bf16",
-        f"experts n depth tiles_m a_row w_expert {' '.join({'w_row', 'w_column'} - strides.keys())}",
-        constants={**flags, **strides, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **options},
+        f"experts n depth tiles_m a_row w_expert {' '.join({'w_row', 'w_column'} - unit.keys())}",
+        constants={**flags, **unit, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **options},
         warps=warps,
         stages=stages,
         stack=stack,
@@ -56,7 +56,7 @@ def router_backward_case(stack: int | tuple[int, int, int] = 0, **options) -> Ca
 
 
 CASES = {
-    "router_topk": router_case(GROUPS=1, SIZE=128),
+    "router_topk": router_case(GROUPS=1, SIZE=128, groups=1, keep=1, judges=1),
     "router_topk_most_experts": router_case(GROUPS=1, SIZE=router.MAX_EXPERTS),
     "router_topk_groups": router_case(SIGMOID=True, GROUPS=8, SIZE=32),
     "router_replay": router_case(REPLAY=True, GROUPS=1, SIZE=128),
