@@ -47,6 +47,13 @@ def test_row_weight(kind, n):
     assert_same_bits(alone, dx, "dx without the weight's gradient")
 
 
+def test_row_weight_multiplies_last():
+    """Before the product with u it would overflow."""
+    x, weight = torch.tensor([[2.0**-60, 2.0**100]]).bfloat16(), torch.tensor([2.0**60])
+    (y,) = same("silu_and_mul", (x, weight), [torch.empty(1, 1, dtype=torch.bfloat16)])
+    assert y.isfinite().all()
+
+
 GROUPS = {8: [(1, 1, 1)], 40: [(1, 1, 1), (4, 2, 2), (8, 3, 1)], 130: [(1, 1, 1), (26, 20, 7)]}
 
 
@@ -181,6 +188,24 @@ def test_combine_rounds_once_a_slot():
     assert (out != 0).any()
 
 
+def test_gradients_beside_nan_rows():
+    """R0 where a program holds several rows: the row weight's and combine's backward."""
+    x, dy, weight = hashed(6, 80, seed=1), hashed(6, 40, seed=2), hashed(6, 1, seed=3).float()
+    position = torch.tensor([[3], [5], [0], [1], [4], [2]])
+    results = []
+    for spoilt in (1.0, NAN):
+        x[1], dy[4] = x[1] * spoilt, dy[4] * spoilt
+        dx, dw, dh, dv = torch.empty_like(x), torch.empty(6), torch.empty_like(dy), torch.empty(6, 1)
+        KERNELS["silu_and_mul_backward"](x, weight.view(6), dy, dx, dw)
+        KERNELS["moe_combine_backward"](x[:, :40].contiguous(), position, weight, dy, dh, dv)
+        results.append((dx, dw, dh[position[:, 0]], dv))
+    # token 3's row of y is row 1 of x
+    for clean, dirty, bad in zip(*results, [[1, 4], [1, 4], [4], [3, 4]], strict=True):
+        others = [i for i in range(6) if i not in bad]
+        assert_same_bits(dirty[others], clean[others], "row beside NaN")
+        assert dirty[bad].isnan().all()
+
+
 COUNTS = [[0, 5, 17, 0, 14, 0], [33, 0, 0], [0, 0, 40], [4, 4, 4], [0, 0]]
 
 
@@ -197,6 +222,32 @@ def test_grouped_linear(counts, segments):
         same("grouped_linear_dx", (dy, w, offsets), [torch.empty_like(x)])
         # chains go on from what dw holds; an expert without rows keeps it
         same("grouped_linear_dw", (dy, x, offsets), [hashed(len(counts), n, k, seed=4, kind="wide").float()])
+
+
+def test_grouped_linear_adds_segments_as_a_balanced_tree():
+    """R2 with values whose sum depends on the order."""
+    x = torch.zeros(2, 16, dtype=torch.bfloat16)
+    x[:, ::2] = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24), 1.0, 2.0**24, 5.0, -(2.0**24)]).bfloat16()
+    w, offsets = torch.ones(2, 1, 16, dtype=torch.bfloat16), torch.tensor([0, 1, 2])
+    (tree,) = same("grouped_linear", (x, w, offsets, 8), [torch.empty(2, 1, dtype=torch.bfloat16)])
+    (chain,) = same("grouped_linear", (x, w, offsets, 1), [torch.empty(2, 1, dtype=torch.bfloat16)])
+    assert tree.tolist() == [[6.0], [6.0]]
+    assert chain.tolist() == [[4.0], [4.0]]
+
+
+def test_a_tile_stores_its_own_experts_rows_only(monkeypatch):
+    """On a GPU tiles finish in any order; here the first runs alone."""
+    kernel = grouped_linear.grouped_kernel
+
+    class First:
+        def __getitem__(self, grid):
+            return kernel[(1,)]
+
+    monkeypatch.setattr(grouped_linear, "grouped_kernel", First())
+    x, w, y = hashed(24, 16, seed=1), hashed(3, 8, 16, seed=2), torch.full((24, 8), NAN).bfloat16()
+    grouped_linear.grouped_linear(x, w, torch.tensor([0, 5, 9, 24]), 1, y)
+    assert y[:5].isfinite().all()
+    assert y[5:].isnan().all()
 
 
 @pytest.mark.parametrize("offsets", [[0, 3, 2, 6], [1, 2, 3, 6], [0, 2, 4, 7]])
