@@ -1,7 +1,7 @@
 """The kernels for NVIDIA GPUs, file by file as in ``kernels/cpu``. Importing this package needs triton.
 
-Norm, rotary, activation, embedding, bias gradient, and everything from logits on are cross-device: the CPU backend's
-bits. Matrix products and attention follow profile ``sm90-bf16``.
+Norm, rotary, activation, router, permutation, combination, embedding, bias gradient, and everything from logits on are
+cross-device: the CPU backend's bits. Matrix products and attention follow profile ``sm90-bf16``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from functools import cache, wraps
 
 import torch
 
-from . import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from . import (
+    activation,
+    attention,
+    attention_backward,
+    grouped_linear,
+    linear,
+    logprob,
+    moe,
+    norm,
+    rotary,
+    router,
+    sampling,
+)
 from .accelerators import dispatch
 
 KERNELS: dict[str, Callable[..., None]] = {
@@ -21,13 +33,22 @@ KERNELS: dict[str, Callable[..., None]] = {
     "bias_grad": linear.bias_grad,
     "embedding": linear.embedding,
     "embedding_dw": linear.embedding_dw,
+    "grouped_linear": grouped_linear.grouped_linear,
+    "grouped_linear_dw": grouped_linear.grouped_linear_dw,
+    "grouped_linear_dx": grouped_linear.grouped_linear_dx,
     "linear": linear.linear,
     "linear_dw": linear.linear_dw,
     "linear_dx": linear.linear_dx,
     "logprob_from_logits": logprob.logprob_from_logits,
+    "moe_combine": moe.moe_combine,
+    "moe_combine_backward": moe.moe_combine_backward,
+    "moe_gather": moe.moe_gather,
+    "moe_order": moe.moe_order,
     "rms_norm": norm.rms_norm,
     "rms_norm_backward": norm.rms_norm_backward,
     "rotary": rotary.rotary,
+    "router_topk": router.router_topk,
+    "router_topk_backward": router.router_topk_backward,
     "sample": sampling.sample,
     "selected_logprob": logprob.selected_logprob,
     "selected_logprob_backward": logprob.selected_logprob_backward,

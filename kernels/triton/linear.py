@@ -19,7 +19,7 @@ _COLUMNS = 128  # columns one program of the bias gradient or the embedding owns
 
 
 @triton.jit
-def _chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+def chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
     """acc + a [M, depth] b [depth, N] over ascending k; a short last block reads zeros."""
     k = tl.arange(0, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
@@ -36,7 +36,7 @@ def _chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K: tl.constexpr, EVEN_
 
 
 @triton.jit
-def _tree(
+def tree(
     a_at,
     b_at,
     depth,
@@ -58,7 +58,7 @@ def _tree(
     two = zero
     four = zero
     for g in range(0, SEGMENTS):
-        acc = _chain(a_at, b_at, zero, depth, a_column, b_row, BLOCK_K, EVEN_K)
+        acc = chain(a_at, b_at, zero, depth, a_column, b_row, BLOCK_K, EVEN_K)
         a_at += depth * a_column
         b_at += depth * b_row
         acc = tl.where(g % 2 == 1, one + acc, acc)
@@ -117,10 +117,10 @@ def matmul_kernel(
     y_at = y_ptr + row.to(tl.int64)[:, None] * n + column[None, :]
     mask = (row < m)[:, None] & (column < n)[None, :]
     if SEGMENTS > 1:
-        acc = _tree(a_at, b_at, depth, a_column, b_row, (BLOCK_M, BLOCK_N), SEGMENTS, BLOCK_K, EVEN_K)
+        acc = tree(a_at, b_at, depth, a_column, b_row, (BLOCK_M, BLOCK_N), SEGMENTS, BLOCK_K, EVEN_K)
     else:
         acc = tl.load(y_at, mask=mask, other=0.0) if CONTINUE else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K, EVEN_K)
+        acc = chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K, EVEN_K)
     if BIAS:
         acc = acc + tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]
     tl.store(y_at, to_bf16(acc) if ROUND else acc, mask=mask)

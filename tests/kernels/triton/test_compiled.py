@@ -29,7 +29,7 @@ FORBIDDEN = {
 }
 
 
-ALIGNED = {"n", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row"}
+ALIGNED = {"n", "k", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row", "w_expert", "w_row", "w_column"}
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,23 @@ CASES = {
         constants={"COLUMNS": 32},
         warps=1,
     ),
-    "silu_and_mul": Case(activation.silu_and_mul_kernel, "x_ptr:bf16 y_ptr:bf16", "n", constants={"BLOCK": 1024}),
+    "silu_and_mul": Case(
+        activation.silu_and_mul_kernel,
+        "x_ptr:bf16 weight_ptr:fp32 y_ptr:bf16",
+        "n",
+        constants={"WEIGHT": True, "BLOCK": 1024},
+    ),
     "silu_and_mul_backward": Case(
-        activation.silu_and_mul_backward_kernel, "x_ptr:bf16 dy_ptr:bf16 dx_ptr:bf16", "n", constants={"BLOCK": 1024}
+        activation.silu_and_mul_backward_kernel,
+        "x_ptr:bf16 weight_ptr:fp32 dy_ptr:bf16 dx_ptr:bf16",
+        "n",
+        constants={"WEIGHT": True, "BLOCK": 1024},
+    ),
+    "weighted_backward": Case(
+        activation.weighted_backward_kernel,
+        "x_ptr:bf16 weight_ptr:fp32 dy_ptr:bf16 dx_ptr:bf16 dweight_ptr:fp32",
+        "rows n",
+        constants={"ROWS": 4},
     ),
     "rotary": Case(
         rotary.rotary_kernel,
@@ -241,7 +255,11 @@ CASES = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", CASES)
 def test_ptx(name, capability, tmp_path):
-    case = CASES[name]
+    check_ptx(CASES[name], capability, tmp_path)
+
+
+def check_ptx(case: Case, capability: int, tmp_path: Path) -> None:
+    """Compiles the case and fails on what its PTX, its shared memory or its stack may not hold."""
     compiled = case.compile(capability)
     ptx = re.sub(r"//.*", "", compiled.asm["ptx"])
     for what, pattern in FORBIDDEN.items():
