@@ -12,7 +12,8 @@ import triton.language as tl
 
 from ._check import check_index
 from ._math import launch_options, to_bf16, to_f32
-from .linear_config import linear_config
+from .linear_config import LinearConfig, linear_config
+from .tuned import LINEAR
 
 MAX_SEGMENTS = 8
 _COLUMNS = 128  # columns one program of the bias gradient or the embedding owns
@@ -176,14 +177,18 @@ def matmul(
     bias: torch.Tensor | None = None,
     segments: int = 1,
     add: bool = False,
+    config: LinearConfig | None = None,
 ) -> None:
-    """y [m, n] = a [m, k] b [k, n], or (``add``) the chains continue from fp32 y. a and b may have any strides."""
+    """y [m, n] = a [m, k] b [k, n], or (``add``) the chains continue from fp32 y. a and b may have any strides.
+
+    ``config``: tiles of choice; they change no bit.
+    """
     (m, k), n = a.shape, b.shape[1]
     if segments > MAX_SEGMENTS or (segments > 1 and add):
         raise ValueError(f"zerokl::linear: segments={segments}; supported on CUDA: 1 to {MAX_SEGMENTS}, 1 when adding")
     if m == 0 or n == 0:
         return
-    config = linear_config(m, n, segments)
+    config = config or linear_config(m, n, segments)
     matmul_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
         a,
         b,
@@ -209,7 +214,10 @@ def matmul(
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, segments: int, y: torch.Tensor) -> None:
     """``zerokl::linear``: x bf16 [..., K], w bf16 [N, K], bias fp32 [N], y bf16 or fp32 [..., N]."""
-    matmul(x.view(-1, w.shape[1]), w.t(), y, bias=bias, segments=segments)
+    x = x.view(-1, w.shape[1])
+    rows = 1 << max(0, x.shape[0] - 1).bit_length()
+    tuned = LINEAR.get((rows, *w.shape)) if segments == 1 else None
+    matmul(x, w.t(), y, bias=bias, segments=segments, config=tuned)
 
 
 def linear_dx(dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor) -> None:
