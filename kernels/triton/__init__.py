@@ -1,7 +1,7 @@
 """The kernels for NVIDIA GPUs, file by file as in ``kernels/cpu``. Importing this package needs triton.
 
-Norm, rotary, activation, embedding, bias gradient, and everything from logits on are cross-device: the CPU backend's
-bits. Matrix products and attention follow profile ``sm90-bf16``.
+Norm, rotary, activation, embedding, bias gradient, quantisers, and everything from logits on are cross-device: the CPU
+backend's bits. Matrix products and attention follow profile ``sm90-bf16``.
 """
 
 from __future__ import annotations
@@ -11,23 +11,38 @@ from functools import cache, wraps
 
 import torch
 
-from . import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from . import (
+    activation,
+    attention,
+    attention_backward,
+    linear,
+    logprob,
+    norm,
+    quantize,
+    quantized_linear,
+    rotary,
+    sampling,
+)
 
 KERNELS: dict[str, Callable[..., None]] = {
     "attention_backward": attention_backward.attention_backward,
     "attention_paged": attention.attention_paged,
     "attention_varlen": attention.attention_varlen,
     "bias_grad": linear.bias_grad,
+    "dequantize": quantize.dequantize,
     "embedding": linear.embedding,
     "embedding_dw": linear.embedding_dw,
+    "int4_linear": quantized_linear.int4_linear,
     "linear": linear.linear,
     "linear_dw": linear.linear_dw,
     "linear_dx": linear.linear_dx,
     "logprob_from_logits": logprob.logprob_from_logits,
+    "quantize": quantize.quantize,
     "rms_norm": norm.rms_norm,
     "rms_norm_backward": norm.rms_norm_backward,
     "rotary": rotary.rotary,
     "sample": sampling.sample,
+    "scaled_linear": quantized_linear.scaled_linear,
     "selected_logprob": logprob.selected_logprob,
     "selected_logprob_backward": logprob.selected_logprob_backward,
     "silu_and_mul": activation.silu_and_mul,
@@ -63,9 +78,10 @@ def _on_own_device(kernel: Callable[..., None]) -> Callable[..., None]:
     """Triton launches on the current device, which need not be the tensors'."""
 
     @wraps(kernel)
-    def run(first: torch.Tensor, *rest: object) -> None:
-        check_capability(first.device.index)
-        with torch.cuda.device_of(first):
+    def run(first: torch.Tensor | list[torch.Tensor], *rest: object) -> None:
+        one = first[0] if isinstance(first, list) else first
+        check_capability(one.device.index)
+        with torch.cuda.device_of(one):
             kernel(first, *rest)
 
     return run
