@@ -92,7 +92,8 @@ def _quantize(tensors: Sequence[torch.Tensor], f: _Format, op: str) -> list[Code
     """Codes and scales of all tensors in one parallel launch."""
     for x in tensors:
         check_bf16(op, x=x)
-        check(x.device == tensors[0].device, op, f"x has tensors on {tensors[0].device} and {x.device}; one is supported")
+        first = tensors[0].device
+        check(x.device == first, op, f"x has tensors on {first} and {x.device}; supported: one device")
         check(
             x.dim() == 2 if f.rows > 1 else x.dim() >= 1,
             op,

@@ -150,7 +150,7 @@ def fp8_linear(
     master: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``y = x @ w.T (+ bias)`` on e4m3 codes: per 128 of k one fp32 chain (R1), then ``acc + (sx sw) partial``, ascending.
+    """``y = x @ w.T (+ bias)`` on e4m3 codes: per 128 of k one fp32 chain (R1), then ``acc + (sx sw) partial``.
 
     Args:
         x: bf16 [..., K], quantised here by (1, 128) blocks; or an :class:`Fp8Block` of those.
@@ -195,7 +195,7 @@ def mxfp8_linear(
     master: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``y = x @ w.T (+ bias)`` on MXFP8: as :func:`fp8_linear` with blocks of 32, the width over which both scales are constant.
+    """``y = x @ w.T (+ bias)`` on MXFP8: as :func:`fp8_linear` by blocks of 32, over which both scales are constant.
 
     Args:
         x: bf16 [..., K], quantised here, K a multiple of 32; or an :class:`Mxfp8`.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import contract
+from ._math import to_f32
 
 _E4M3_MAX = tl.constexpr(float(contract.E4M3_MAX))
 _NAN = tl.constexpr(0x7FC00000)
@@ -46,6 +47,17 @@ def e8m0_to_f32(e):
     """2^(e - 127) for e in 0 ... 255: E8M0, whose 0 is the subnormal 2^-127 and whose 255 is NaN."""
     e = e.to(tl.int32)
     return tl.where(e == 0, 0x400000, tl.where(e == 255, _NAN, e << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_to_f32(scale):
+    """Stored scales as fp32: E8M0 bytes, bf16, or fp32 as they are."""
+    if scale.dtype == tl.uint8:
+        return e8m0_to_f32(scale)
+    elif scale.dtype == tl.bfloat16:
+        return to_f32(scale)
+    else:
+        return scale
 
 
 @triton.jit

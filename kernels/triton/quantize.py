@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from .. import contract
-from ._codes import ceil_exponent, e4m3_to_f32, e8m0_to_f32, int4_pack, int4_to_f32, to_e4m3
+from ._codes import ceil_exponent, e4m3_to_f32, e8m0_to_f32, int4_pack, int4_to_f32, scale_to_f32, to_e4m3
 from ._math import launch_options, to_bf16, to_f32
 from .quantize_config import quantize_config
 
-# enum class Quantizer of kernels.h
+# enum class Quantizer of kernels.h; below, comparisons tell the families apart
 FP8 = tl.constexpr(0)
 FP8_POWER_OF_TWO = tl.constexpr(1)
 MX_RCEIL = tl.constexpr(2)
@@ -114,8 +114,7 @@ def _quantize(
         word = block[:, None] * (WIDTH // 8) + tl.arange(0, WIDTH // 8)[None, :]
         tl.store(code_ptr + row[:, None] * (k // 8) + word, words, mask=(row < rows)[:, None])
     else:
-        is_mx: tl.constexpr = QUANTIZER == MX_RCEIL or QUANTIZER == MX_FLOOR
-        tl.store(scale_ptr + scale_at, e8m0.to(tl.uint8) if is_mx else scale, mask=exists)
+        tl.store(scale_ptr + scale_at, e8m0.to(tl.uint8) if QUANTIZER >= MX_RCEIL else scale, mask=exists)
         tl.store(code_ptr + at, to_e4m3(to_f32(x) * inverse[:, None]), mask=mask)
 
 
@@ -141,12 +140,10 @@ def _dequantize(
     if QUANTIZER == INT4:
         word = block[:, None] * (WIDTH // 8) + tl.arange(0, WIDTH // 8)[None, :]
         words = tl.load(code_ptr + row[:, None] * (k // 8) + word, mask=exists[:, None], other=0)
-        value = int4_to_f32(words, GROUPS, WIDTH) * to_f32(scale)[:, None]
+        code = int4_to_f32(words, GROUPS, WIDTH)
     else:
-        is_mx: tl.constexpr = QUANTIZER == MX_RCEIL or QUANTIZER == MX_FLOOR
         code = e4m3_to_f32(tl.load(code_ptr + at, mask=mask, other=0))
-        value = code * (e8m0_to_f32(scale) if is_mx else scale)[:, None]
-    tl.store(x_ptr + at, to_bf16(value), mask=mask)
+    tl.store(x_ptr + at, to_bf16(code * scale_to_f32(scale)[:, None]), mask=mask)
 
 
 @triton.jit
@@ -220,9 +217,9 @@ def quantize_table_kernel(
         low = tl.where(here, middle, low)
         high = tl.where(here, high, middle)
     line = table_ptr + low * LINE
-    is_mx: tl.constexpr = QUANTIZER == MX_RCEIL or QUANTIZER == MX_FLOOR
     code_type: tl.constexpr = tl.int32 if QUANTIZER == INT4 else tl.uint8
-    scale_type: tl.constexpr = tl.bfloat16 if QUANTIZER == INT4 else (tl.uint8 if is_mx else tl.float32)
+    scale_of_codes: tl.constexpr = tl.uint8 if QUANTIZER >= MX_RCEIL else tl.float32
+    scale_type: tl.constexpr = tl.bfloat16 if QUANTIZER == INT4 else scale_of_codes
     x_ptr = _pointer(line + 1, tl.bfloat16, ALIGNED)
     code_ptr = _pointer(line + 2, code_type, ALIGNED)
     scale_ptr = _pointer(line + 3, scale_type, ALIGNED)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .. import contract
-from ._codes import e4m3_to_f32, e8m0_to_f32, int4_to_f32
-from ._math import launch_options, to_bf16, to_f32
+from ._codes import e4m3_to_f32, int4_to_f32, scale_to_f32
+from ._math import launch_options, to_bf16
 from .quantized_linear_config import int4_linear_config, scaled_linear_config
 
 _INT4_K = 128  # k of a step of int4_linear: a whole number of groups
@@ -37,15 +37,6 @@ def _finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS: tl.constexpr, ROUND: 
         acc = acc + tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]
     mask = (row < m)[:, None] & (column < n)[None, :]
     tl.store(y_ptr + row.to(tl.int64)[:, None] * n + column[None, :], to_bf16(acc) if ROUND else acc, mask=mask)
-
-
-@triton.jit
-def _scale_value(scale):
-    """fp32 scales as they are, E8M0 bytes as fp32."""
-    if scale.dtype == tl.uint8:
-        return e8m0_to_f32(scale)
-    else:
-        return scale
 
 
 @triton.jit
@@ -94,8 +85,8 @@ def scaled_linear_kernel(
         else:
             fp8_x = x.to(tl.float8e4nv, bitcast=True)
             partial = tl.dot(fp8_x, w.to(tl.float8e4nv, bitcast=True), max_num_imprecise_acc=BLOCK)
-        sx = _scale_value(tl.load(x_scale_at + block))
-        sw = _scale_value(tl.load(w_scale_at + block))
+        sx = scale_to_f32(tl.load(x_scale_at + block))
+        sw = scale_to_f32(tl.load(w_scale_at + block))
         acc = acc + (sx[:, None] * sw[None, :]) * partial
         x_at += BLOCK
         w_at += BLOCK
@@ -144,7 +135,7 @@ def int4_linear_kernel(
             words = tl.load(w_at, mask=(word * 8 < k - start)[None, :], other=0)
             s = tl.load(scale_at, mask=(scale * WIDTH < k - start)[None, :], other=0.0)
         code = tl.reshape(int4_to_f32(words, BLOCK_N, BLOCK_K), (BLOCK_N, BLOCK_K // WIDTH, WIDTH))
-        w = to_bf16(tl.reshape(code * to_f32(s)[:, :, None], (BLOCK_N, BLOCK_K)))
+        w = to_bf16(tl.reshape(code * scale_to_f32(s)[:, :, None], (BLOCK_N, BLOCK_K)))
         acc = tl.dot(x, tl.trans(w), acc)
         x_at += BLOCK_K
         w_at += BLOCK_K // 8

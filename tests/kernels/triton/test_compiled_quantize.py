@@ -72,6 +72,9 @@ def product(name: str, m: int) -> Case:
     )
 
 
+KINDS = {90: (r"k16\.f32\.bf16\.bf16", r"k32\.f32\.e4m3\.e4m3"), 100: (r"kind::f16", r"kind::f8f6f4")}
+"""The matrix step on bf16 and on e4m3."""
+
 each_capability = pytest.mark.parametrize("capability", [90, 100])
 
 
@@ -92,8 +95,7 @@ def test_quantisers(name, back, table, capability, tmp_path):
 def test_products(name, m, capability, tmp_path):
     case = product(name, m)
     ptx = check_ptx(case, capability, tmp_path)
-    kind = {90: {"fp8": r"k32\.f32\.e4m3\.e4m3", "bf16": r"k16\.f32\.bf16\.bf16"},
-            100: {"fp8": r"kind::f8f6f4", "bf16": r"kind::f16"}}[capability]["fp8" if name == "fp8" else "bf16"]  # fmt: skip
+    kind = KINDS[capability][name == "fp8"]
     steps = re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma)\.\S+", ptx)
     assert steps
     assert all(re.search(kind, step) for step in steps)
