@@ -68,8 +68,8 @@ def _quantiser_cases(small: bool) -> list[Case]:
         "int4_group": partial(kernels.fake_quantize_int4_group, group=32),
     }
     made = []
-    for name in formats:
-        (one, size), (many, many_size), fake = formats[name], weights[name], fakes[name]
+    for name, (one, size) in formats.items():
+        (many, many_size), fake = weights[name], fakes[name]
         elements = sum(n * k for n, k in shapes)
         made += [
             Case(
@@ -111,16 +111,20 @@ def _quantised_linear_cases(small: bool) -> list[Case]:
             1 / 2 + 2 / 32,
         ),
     }
-    return [
-        Case(
-            f"{name} M={rows}",
-            lambda rows=rows, codes=codes: (hashed(rows, width, seed=10), *codes(), bias()),
-            lambda *inputs, run=run: (run(*inputs),), False, True,
-            gigabytes=1e-9 * inner * width * size, teraflops=2e-12 * rows * inner * width,
-        )
-        for name, (codes, run, size) in kinds.items()
-        for rows in ((1, 70) if small else (1, 16, 256, 4096))
-    ]  # fmt: skip
+    made = []
+    for name, (codes, run, size) in kinds.items():
+        for rows in (1, 70) if small else (1, 16, 256, 4096):
+
+            def inputs(rows: int = rows, codes: Callable[[], Any] = codes) -> Tensors:
+                return (hashed(rows, width, seed=10), *codes(), bias())
+
+            made.append(
+                Case(
+                    f"{name} M={rows}", inputs, lambda *inputs, run=run: (run(*inputs),), False, True,
+                    gigabytes=1e-9 * inner * width * size, teraflops=2e-12 * rows * inner * width,
+                )
+            )  # fmt: skip
+    return made
 
 
 def cases(small: bool) -> list[Case]:

@@ -124,8 +124,9 @@ def edge_blocks(width: int) -> torch.Tensor:
     """[blocks, width]: each block's amax sits on an edge of some rule, its other elements below it, zeros included."""
     tops = near(*[m * 2.0**e for m in (1, 448, 7, 7.5) for e in (-100, -20, -1, 0, 1, 7, 8, 9, 60)])
     tops += near(2.0**-132, 2.0**-127, 2.0**-126, 2.0**-119, 2.0**-118, 448 * 2.0**-127, 448 * 2.0**-126)
-    tops += [*near(1e-4, 7e-5, 1e-5, 464, 480, 511, 512, 3.3e38), 0.0, -0.0]
+    tops += [*near(1e-4, 7e-5, 1e-5, 464, 480, 511, 512, 3.3e38), 0.0, -0.0, 7 * 15.0]
     x = hashed(len(tops), width, seed=7, kind="cancel").float() * torch.tensor(tops)[:, None]
+    x[-1, 4] = 2.5 * 15.0  # a tie of int4, which a product with 1 / scale would round up
     x[:, 3] = torch.tensor(tops) * torch.tensor([1.0, -1.0]).repeat(len(tops))[: len(tops)]
     return x.bfloat16()
 
@@ -675,6 +676,7 @@ def test_errors_name_op_argument_and_support():
         (lambda: kernels.fp8_linear(x[:, :128], square), ["fp8_linear", "do not fit"]),
         (lambda: kernels.fp8_linear(x, square, out_dtype=torch.float16), ["fp8_linear", "float16"]),
         (lambda: kernels.fp8_linear(x, square, master=x[:2]), ["fp8_linear", "master"]),
+        (lambda: kernels.fp8_linear(x, square._replace(codes=square.codes.to("meta"))), ["fp8_linear", "meta"]),
         (lambda: kernels.fp8_linear(x, square, x[0, :3]), ["fp8_linear", "bias", "[N]"]),
         (lambda: kernels.fp8_linear(x, square, torch.ones(4)), ["fp8_linear", "bias", "float32"]),
         (lambda: kernels.mxfp8_linear(m._replace(scales=m.scales[:2]), m), ["mxfp8_linear", "scales"]),
