@@ -51,7 +51,9 @@ struct Stripe {
 struct ScaledLinear {
   int64_t m, n, k, block, w_rows;
   const uint8_t *x, *w;
-  const float *x_scales, *w_scales;
+  ScaleType scale;  // kFp32 or kE8m0
+  const void *x_scales, *w_scales;
+  const float* bias;  // [n], or none
   void* y;
   bool y_bf16;
 };

@@ -1,5 +1,6 @@
 // The operators: schemas under zerokl::, CPU implementations. Outputs are allocated by the caller (kernels/ops), so the
 // schemas say what is written. Shapes are checked there too; here only what memory safety needs.
+#include <memory>
 #include <vector>
 
 #include "host.h"
@@ -257,19 +258,27 @@ Format format_of(int64_t quantizer, int64_t rows, int64_t columns) {
   return {q, scale, int(rows), int(columns)};
 }
 
+// A matrix, cut into stripes of whole blocks.
+void add_stripes(const Format& f, const Stripe& matrix, std::vector<Stripe>& stripes) {
+  const int64_t k = matrix.k, height = f.rows == 1 ? 16 : f.rows, code_bytes = f.quantizer == Quantizer::kInt4 ? k / 2 : k;
+  const int64_t scale_bytes = f.scale == ScaleType::kFp32 ? 4 : f.scale == ScaleType::kBf16 ? 2 : 1;
+  for (int64_t r = 0; r < matrix.rows; r += height)
+    stripes.push_back({matrix.x + r * k, matrix.codes + r * code_bytes,
+                       static_cast<uint8_t*>(matrix.scales) + r / f.rows * ((k + f.columns - 1) / f.columns) * scale_bytes,
+                       matrix.rows - r < height ? matrix.rows - r : height, k});
+}
+
 // The matrices, cut into stripes of whole blocks: one flat list of tasks whatever the number and sizes of tensors.
 std::vector<Stripe> stripes_of(const Format& f, const Tensors& x, const Tensors& codes, const Tensors& scales) {
   STD_TORCH_CHECK(codes.size() == x.size() && scales.size() == x.size(), "zerokl::quantize: as many codes and scales as tensors are needed");
   std::vector<Stripe> stripes;
   for (size_t i = 0; i < x.size(); i++) {
     const int64_t k = x[i].size(x[i].dim() - 1), rows = k ? x[i].numel() / k : 0, blocks = (k + f.columns - 1) / f.columns;
-    const int64_t height = f.rows == 1 ? 16 : f.rows, code_bytes = f.quantizer == Quantizer::kInt4 ? k / 2 : k;
+    const int64_t code_bytes = f.quantizer == Quantizer::kInt4 ? k / 2 : k;
     const int64_t scale_bytes = f.scale == ScaleType::kFp32 ? 4 : f.scale == ScaleType::kBf16 ? 2 : 1;
     STD_TORCH_CHECK(codes[i].numel() == rows * code_bytes, "zerokl::quantize: codes ", i, " have the wrong size");
     STD_TORCH_CHECK(scales[i].numel() == (rows + f.rows - 1) / f.rows * blocks * scale_bytes, "zerokl::quantize: scales ", i, " have the wrong size");
-    for (int64_t r = 0; r < rows; r += height)
-      stripes.push_back({data<uint16_t>(x[i]) + r * k, data<uint8_t>(codes[i]) + r * code_bytes,
-                         data<uint8_t>(scales[i]) + r / f.rows * blocks * scale_bytes, rows - r < height ? rows - r : height, k});
+    add_stripes(f, {data<uint16_t>(x[i]), data<uint8_t>(codes[i]), data<uint8_t>(scales[i]), rows, k}, stripes);
   }
   return stripes;
 }
@@ -291,15 +300,32 @@ void op_cast_e4m3(const Tensor x, const Tensor codes) {
   ZEROKL_CALL(cast_e4m3, x.numel(), data<float>(x), data<uint8_t>(codes));
 }
 
-void op_scaled_linear(const Tensor x, const Tensor x_scales, const Tensor w, const Tensor w_scales, int64_t block, int64_t w_rows, const Tensor y) {
+void op_scaled_linear(const Tensor x, const Tensor x_scales, const Tensor w, const Tensor w_scales, int64_t block, int64_t w_rows,
+                      const Optional bias, const Tensor y) {
   const int64_t n = w.size(0), k = w.size(1), m = k ? x.numel() / k : 0;
   STD_TORCH_CHECK(block > 0 && block % 2 == 0 && block <= kFp8Block && (w_rows == 1 || w_rows == kFp8Block), "zerokl::scaled_linear: unsupported block");
   const int64_t blocks = (k + block - 1) / block;
   STD_TORCH_CHECK(x_scales.numel() == m * blocks && w_scales.numel() == (n + w_rows - 1) / w_rows * blocks && y.numel() == m * n,
                   "zerokl::scaled_linear: scales or y have the wrong size");
+  const bool e8m0 = x_scales.scalar_type() == ScalarType::Byte;
+  auto scales = [&](const Tensor& t) { return e8m0 ? static_cast<const void*>(data<uint8_t>(t)) : data<float>(t); };
   void* out = is_bf16(y) ? static_cast<void*>(data<uint16_t>(y)) : data<float>(y);
-  const ScaledLinear s{m, n, k, block, w_rows, data<uint8_t>(x), data<uint8_t>(w), data<float>(x_scales), data<float>(w_scales), out, is_bf16(y)};
+  const ScaledLinear s{m, n, k, block, w_rows, data<uint8_t>(x), data<uint8_t>(w), e8m0 ? ScaleType::kE8m0 : ScaleType::kFp32,
+                       scales(x_scales), scales(w_scales), data<float>(bias), out, is_bf16(y)};
   ZEROKL_CALL(scaled_linear, s);
+}
+
+// The weight is dequantised whole: it is read once per chunk of rows of x.
+void op_int4_linear(const Tensor x, const Tensor w, const Tensor w_scales, const Optional bias, const Tensor y) {
+  const int64_t n = w.size(0), k = w.size(1) * 8, groups = w_scales.size(1), m = k ? x.numel() / k : 0;
+  STD_TORCH_CHECK(groups > 0 && k % groups == 0 && w_scales.size(0) == n && y.numel() == m * n, "zerokl::int4_linear: scales or y have the wrong size");
+  const Format f = format_of(int64_t(Quantizer::kInt4), 1, k / groups);
+  const std::unique_ptr<uint16_t[]> value(new uint16_t[size_t(n * k)]);
+  std::vector<Stripe> stripes;
+  add_stripes(f, {value.get(), reinterpret_cast<uint8_t*>(data<int32_t>(w)), data<uint16_t>(w_scales), n, k}, stripes);
+  ZEROKL_CALL(dequantize, f, int64_t(stripes.size()), stripes.data());
+  void* out = is_bf16(y) ? static_cast<void*>(data<uint16_t>(y)) : data<float>(y);
+  ZEROKL_CALL(linear, m, n, k, data<uint16_t>(x), value.get(), data<float>(bias), out, is_bf16(y), 1);
 }
 
 void op_exp2(const Tensor x, const Tensor y) { ZEROKL_CALL(exp2_vector, x.numel(), data<float>(x), data<float>(y)); }
@@ -336,7 +362,8 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("quantize(Tensor[] x, int quantizer, int rows, int columns, Tensor(a!)[] codes, Tensor(b!)[] scales) -> ()");
   m.def("dequantize(Tensor[] codes, Tensor[] scales, int quantizer, int rows, int columns, Tensor(a!)[] x) -> ()");
   m.def("cast_e4m3(Tensor x, Tensor(a!) codes) -> ()");
-  m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, int block, int w_rows, Tensor(a!) y) -> ()");
+  m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, int block, int w_rows, Tensor? bias, Tensor(a!) y) -> ()");
+  m.def("int4_linear(Tensor x, Tensor w, Tensor w_scales, Tensor? bias, Tensor(a!) y) -> ()");
   m.def("exp2(Tensor x, Tensor(a!) y) -> ()");
   m.def("log2(Tensor x, Tensor(a!) y) -> ()");
   m.def("set_isa(int wanted) -> int");
@@ -367,6 +394,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerokl, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&op_dequantize));
   m.impl("cast_e4m3", TORCH_BOX(&op_cast_e4m3));
   m.impl("scaled_linear", TORCH_BOX(&op_scaled_linear));
+  m.impl("int4_linear", TORCH_BOX(&op_int4_linear));
   m.impl("exp2", TORCH_BOX(&op_exp2));
   m.impl("log2", TORCH_BOX(&op_log2));
 }

@@ -199,13 +199,14 @@ static void widen_codes(const uint8_t* codes, int64_t n, uint16_t* out) {
   }
 }
 
-// acc[r][j] += (sa[r] sb[j]) partial[r][j], each of the three operations rounded
-ZK_INLINE void promote(int rows, const float* sa, int64_t sa_row, const float* sb, const float* partial, float* acc) {
-  for (int r = 0; r < rows; r++)
-    for (int v = 0; v < kNR; v += W) {
-      const vf scale = set1(sa[r * sa_row]) * load(sb + v);
-      store(acc + r * kNR + v, load(acc + r * kNR + v) + scale * load(partial + r * kNR + v));
-    }
+// acc[r][j] += (sa(r) sb[j]) partial[r][j], each of the three operations rounded
+template <class ScaleOf>
+ZK_INLINE void promote(int rows, ScaleOf sa, const float* sb, const float* partial, float* acc) {
+  for (int r = 0; r < rows; r++) {
+    const vf a = set1(sa(r));
+    for (int v = 0; v < kNR; v += W)
+      store(acc + r * kNR + v, load(acc + r * kNR + v) + (a * load(sb + v)) * load(partial + r * kNR + v));
+  }
 }
 
 // y[m, n] of codes x[m, k], w[n, k]: per block of k one R1 chain over the codes, promoted in ascending order. The flush of
@@ -220,8 +221,7 @@ void scaled_linear(const ScaledLinear& s) {
     parallel_for((s.n + kNR - 1) / kNR, [&](int64_t panel) {
       const int64_t j = panel * kNR, size = chunk.tiles * kMR * kNR;
       const int columns = shorter(kNR, s.n - j);
-      const float* w_scales = s.w_scales + j / s.w_rows * blocks;
-      const int64_t w_step = s.w_rows == 1 ? blocks : 0;  // else a panel lies within one block's rows
+      const int64_t w_scale = j / s.w_rows * blocks, w_step = s.w_rows == 1 ? blocks : 0;  // a panel lies within 128 rows
       float* acc = static_cast<float*>(scratch(Slot::kTile, size_t(2 * size) * sizeof(float)));
       float* partial = acc + size;
       int32_t* packed = static_cast<int32_t*>(scratch(Slot::kPackB, size_t(steps_of(s.block) * kNR + W) * sizeof(int32_t)));
@@ -231,17 +231,18 @@ void scaled_linear(const ScaledLinear& s) {
         const int64_t k = b * s.block, depth = shorter(s.block, s.k - k);
         float sb[kNR] = {};
         for (int c = 0; c < columns; c++) {
-          sb[c] = w_scales[c * w_step + b];
+          sb[c] = load_scale(s.scale, s.w_scales, w_scale + c * w_step + b);
           widen_codes(s.w + (j + c) * s.k + k, depth, wide + c * kFp8Block);
         }
         pack_lines([&](int c) { return wide + c * kFp8Block; }, columns, 0, depth, kNR, packed);
         for (int64_t t = 0; t < chunk.tiles; t++) {
           chains(chunk.rows_of(t), steps_of(depth), chunk.at(t, k / kStep), chunk.width, packed, partial + t * kMR * kNR, false);
-          promote(chunk.rows_of(t), s.x_scales + (first + t * kMR) * blocks + b, blocks, sb, partial + t * kMR * kNR, acc + t * kMR * kNR);
+          auto sa = [&](int r) { return load_scale(s.scale, s.x_scales, (first + t * kMR + r) * blocks + b); };
+          promote(chunk.rows_of(t), sa, sb, partial + t * kMR * kNR, acc + t * kMR * kNR);
         }
       }
       for (int64_t t = 0; t < chunk.tiles; t++)
-        store_tile({s.y, s.y_bf16, s.n, nullptr, false}, first + t * kMR, chunk.rows_of(t), j, columns, acc + t * kMR * kNR);
+        store_tile({s.y, s.y_bf16, s.n, s.bias, false}, first + t * kMR, chunk.rows_of(t), j, columns, acc + t * kMR * kNR);
     });
   }
 }

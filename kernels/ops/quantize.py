@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast, overload
 import torch
 
 from .. import contract
-from ._common import check, check_bf16, needs_grad, ops
+from ._common import check, check_bf16, check_device, needs_grad, ops
 
 
 class Fp8Block(NamedTuple):
@@ -92,6 +92,8 @@ def _quantize(tensors: Sequence[torch.Tensor], f: _Format, op: str) -> list[Code
     """Codes and scales of all tensors in one parallel launch."""
     for x in tensors:
         check_bf16(op, x=x)
+        first = tensors[0].device
+        check(x.device == first, op, f"x has tensors on {first} and {x.device}; supported: one device")
         check(
             x.dim() == 2 if f.rows > 1 else x.dim() >= 1,
             op,
@@ -102,23 +104,31 @@ def _quantize(tensors: Sequence[torch.Tensor], f: _Format, op: str) -> list[Code
             op,
             f"x {tuple(x.shape)} must end in a positive {f'multiple of {f.columns}' if f.whole_blocks else 'size'}",
         )
-    codes = [torch.empty(f.codes_shape(x.shape), dtype=f.code) for x in tensors]
-    scales = [torch.empty(f.scales_shape(x.shape), dtype=f.scale) for x in tensors]
+    codes = [torch.empty(f.codes_shape(x.shape), dtype=f.code, device=x.device) for x in tensors]
+    scales = [torch.empty(f.scales_shape(x.shape), dtype=f.scale, device=x.device) for x in tensors]
     if tensors:  # torch cannot tell the type of an empty list
         ops.quantize([x.contiguous() for x in tensors], f.quantizer, f.rows, f.columns, _bytes(codes), _bytes(scales))
     return list(zip(codes, scales, strict=True))
 
 
-def _dequantize(codes: torch.Tensor, scales: torch.Tensor, f: _Format, op: str) -> torch.Tensor:
+def _check_codes(codes: torch.Tensor, scales: torch.Tensor, f: _Format, op: str) -> tuple[int, ...]:
+    """The shape of what codes and scales stand for, if they fit each other and the format."""
+    check_device(op, codes=codes, scales=scales)
     check(codes.dtype == f.code and codes.dim() >= 1, op, f"codes are {codes.dtype}; supported: {f.code} [..., K]")
     check(scales.dtype == f.scale, op, f"scales are {scales.dtype}; supported: {f.scale}")
-    x = torch.empty((*codes.shape[:-1], codes.shape[-1] * f.values_per_code), dtype=torch.bfloat16)
-    check(f.rows == 1 or x.dim() == 2, op, f"codes {tuple(codes.shape)} must be [N, K]")
+    shape = torch.Size((*codes.shape[:-1], codes.shape[-1] * f.values_per_code))
+    check(f.rows == 1 or len(shape) == 2, op, f"codes {tuple(codes.shape)} must be [N, K]")
     check(
-        not (f.whole_blocks and x.shape[-1] % f.columns) and scales.shape == f.scales_shape(x.shape),
+        not (f.whole_blocks and shape[-1] % f.columns) and scales.shape == f.scales_shape(shape),
         op,
         f"scales {tuple(scales.shape)} do not fit codes {tuple(codes.shape)}",
     )
+    return shape
+
+
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor, f: _Format, op: str) -> torch.Tensor:
+    shape = _check_codes(codes, scales, f, op)
+    x = torch.empty(shape, dtype=torch.bfloat16, device=codes.device)
     ops.dequantize(_bytes([codes]), _bytes([scales]), f.quantizer, f.rows, f.columns, [x])
     return x
 
@@ -247,11 +257,21 @@ def quantize_int4_group(x: torch.Tensor | Sequence[torch.Tensor], *, group: int)
     return [Int4Group(*q) for q in _quantize(x, f, op)]
 
 
+def _int4_of(q: Int4Group, op: str) -> _Format:
+    """The format of given codes."""
+    check(q.codes.dim() >= 1 and q.scales.dim() >= 1 and q.scales.shape[-1] > 0, op, "codes or scales are empty")
+    return _int4(q.codes.shape[-1] * 8 // q.scales.shape[-1], op)
+
+
+def check_int4(q: Int4Group, op: str) -> tuple[int, ...]:
+    """The shape of what q stands for. Raises ValueError for what does not fit."""
+    return _check_codes(q.codes, q.scales, _int4_of(q, op), op)
+
+
 def dequantize_int4_group(q: Int4Group) -> torch.Tensor:
     """bf16 [..., K]: ``code scale``, rounded once. Raises ValueError for what does not fit."""
     op = "dequantize_int4_group"
-    check(q.codes.dim() >= 1 and q.scales.dim() >= 1 and q.scales.shape[-1] > 0, op, "codes or scales are empty")
-    return _dequantize(q.codes, q.scales, _int4(q.codes.shape[-1] * 8 // q.scales.shape[-1], op), op)
+    return _dequantize(q.codes, q.scales, _int4_of(q, op), op)
 
 
 def fake_quantize_int4_group(x: torch.Tensor, *, group: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ _ALIGNED = 16 // 4  # 4-byte elements in TMA's 16 bytes
 def _mn_major(x: torch.Tensor) -> torch.Tensor:
     """x [..., MN, K] with MN contiguous and K strided by MN rounded up to 16 bytes; the gap holds zeros."""
     mn = x.shape[-2]
-    columns = torch.zeros((*x.shape[:-2], x.shape[-1], -(-mn // _ALIGNED) * _ALIGNED), dtype=x.dtype)
+    columns = torch.zeros((*x.shape[:-2], x.shape[-1], -(-mn // _ALIGNED) * _ALIGNED), dtype=x.dtype, device=x.device)
     columns[..., :mn] = x.mT
     return columns.mT[..., :mn, :]
 

@@ -142,7 +142,9 @@ def dequantize(values: Array, scales: Array, block: tuple[int, int]) -> Array:
         return bf16((values * spread).astype(F32))
 
 
-def scaled_linear(x: Array, x_scales: Array, w: Array, w_scales: Array, block: int, w_rows: int) -> Array:
+def scaled_linear(
+    x: Array, x_scales: Array, w: Array, w_scales: Array, block: int, w_rows: int, bias: Array | None = None
+) -> Array:
     """fp32 [M, N] of code values x [M, K], w [N, K]: one R1 chain per block of k, promoted in ascending order."""
     acc = np.zeros((x.shape[0], w.shape[0]), F32)
     spread = np.repeat(w_scales, w_rows, 0)[: w.shape[0]]
@@ -151,4 +153,4 @@ def scaled_linear(x: Array, x_scales: Array, w: Array, w_scales: Array, block: i
         with np.errstate(all="ignore"):
             scale = (x_scales[:, b, None] * spread[None, :, b]).astype(F32)
             acc = (acc + (scale * chain(x[:, k], w[:, k].T)).astype(F32)).astype(F32)
-    return acc
+    return acc if bias is None else (acc + bias).astype(F32)

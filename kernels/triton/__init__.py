@@ -1,7 +1,7 @@
 """The kernels for NVIDIA GPUs, file by file as in ``kernels/cpu``. Importing this package needs triton.
 
-Norm, rotary, activation, router, permutation, combination, embedding, bias gradient, and everything from logits on are
-cross-device: the CPU backend's bits. Matrix products and attention follow profile ``sm90-bf16``.
+Norm, rotary, activation, router, permutation, combination, embedding, bias gradient, quantisers, and everything from
+logits on are cross-device: the CPU backend's bits. Matrix products and attention follow profile ``sm90-bf16``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from . import (
     logprob,
     moe,
     norm,
+    quantize,
+    quantized_linear,
     rotary,
     router,
     sampling,
@@ -31,11 +33,13 @@ KERNELS: dict[str, Callable[..., None]] = {
     "attention_paged": attention.attention_paged,
     "attention_varlen": attention.attention_varlen,
     "bias_grad": linear.bias_grad,
+    "dequantize": quantize.dequantize,
     "embedding": linear.embedding,
     "embedding_dw": linear.embedding_dw,
     "grouped_linear": grouped_linear.grouped_linear,
     "grouped_linear_dw": grouped_linear.grouped_linear_dw,
     "grouped_linear_dx": grouped_linear.grouped_linear_dx,
+    "int4_linear": quantized_linear.int4_linear,
     "linear": linear.linear,
     "linear_dw": linear.linear_dw,
     "linear_dx": linear.linear_dx,
@@ -44,12 +48,14 @@ KERNELS: dict[str, Callable[..., None]] = {
     "moe_combine_backward": moe.moe_combine_backward,
     "moe_gather": moe.moe_gather,
     "moe_order": moe.moe_order,
+    "quantize": quantize.quantize,
     "rms_norm": norm.rms_norm,
     "rms_norm_backward": norm.rms_norm_backward,
     "rotary": rotary.rotary,
     "router_topk": router.router_topk,
     "router_topk_backward": router.router_topk_backward,
     "sample": sampling.sample,
+    "scaled_linear": quantized_linear.scaled_linear,
     "selected_logprob": logprob.selected_logprob,
     "selected_logprob_backward": logprob.selected_logprob_backward,
     "silu_and_mul": activation.silu_and_mul,
@@ -85,9 +91,10 @@ def _on_own_device(kernel: Callable[..., None]) -> Callable[..., None]:
     """Triton launches on the current device, which need not be the tensors'."""
 
     @wraps(kernel)
-    def run(first: torch.Tensor, *rest: object) -> None:
-        check_capability(first.device.index)
-        with torch.cuda.device_of(first):
+    def run(first: torch.Tensor | list[torch.Tensor], *rest: object) -> None:
+        one = first[0] if isinstance(first, list) else first
+        check_capability(one.device.index)
+        with torch.cuda.device_of(one):
             kernel(first, *rest)
 
     return run

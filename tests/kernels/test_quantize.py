@@ -124,8 +124,9 @@ def edge_blocks(width: int) -> torch.Tensor:
     """[blocks, width]: each block's amax sits on an edge of some rule, its other elements below it, zeros included."""
     tops = near(*[m * 2.0**e for m in (1, 448, 7, 7.5) for e in (-100, -20, -1, 0, 1, 7, 8, 9, 60)])
     tops += near(2.0**-132, 2.0**-127, 2.0**-126, 2.0**-119, 2.0**-118, 448 * 2.0**-127, 448 * 2.0**-126)
-    tops += [*near(1e-4, 7e-5, 1e-5, 464, 480, 511, 512, 3.3e38), 0.0, -0.0]
+    tops += [*near(1e-4, 7e-5, 1e-5, 464, 480, 511, 512, 3.3e38), 0.0, -0.0, 7 * 15.0]
     x = hashed(len(tops), width, seed=7, kind="cancel").float() * torch.tensor(tops)[:, None]
+    x[-1, 4] = 2.5 * 15.0  # a tie of int4, which a product with 1 / scale would round up
     x[:, 3] = torch.tensor(tops) * torch.tensor([1.0, -1.0]).repeat(len(tops))[: len(tops)]
     return x.bfloat16()
 
@@ -428,7 +429,9 @@ LINEARS = {
 each_linear = pytest.mark.parametrize(("x_case", "w_case", "linear", "options"), LINEARS.values(), ids=LINEARS)
 
 
-def reference_linear(x_case: Case, w_case: Case, x: torch.Tensor, w: torch.Tensor) -> np.ndarray:
+def reference_linear(
+    x_case: Case, w_case: Case, x: torch.Tensor, w: torch.Tensor, bias: np.ndarray | None = None
+) -> np.ndarray:
     (xc, xs), (wc, ws) = x_case.reference(f32(x)), w_case.reference(f32(w))
     return ref.scaled_linear(
         x_case.value(xc),
@@ -437,6 +440,7 @@ def reference_linear(x_case: Case, w_case: Case, x: torch.Tensor, w: torch.Tenso
         w_case.scale_value(ws),
         x_case.block[1],
         w_case.block[0],
+        bias,
     )
 
 
@@ -456,9 +460,12 @@ def test_linear_equals_reference(isa, x_case, w_case, linear, options, m, n, k, 
     assert_same_bits(linear(x, wq, out_dtype=torch.float32, **options), expected, "fp32")
     assert_same_bits(linear(x, wq, **options), arith.bf16(expected), "bf16")
     assert_same_bits(linear(x_case.quantize(x), wq), arith.bf16(expected), "from codes")
+    bias = hashed(n, seed=3, kind=kind)
+    expected = reference_linear(x_case, w_case, x, w, f32(bias))
+    assert_same_bits(linear(x, wq, bias, **options), arith.bf16(expected), "bias")
 
 
-def fused_promotion(x, xs, w, ws, block, w_rows):
+def fused_promotion(x, xs, w, ws, block, w_rows, _):
     """``fma(sx sw, partial, acc)`` instead of a rounded product."""
     acc, spread = np.zeros((len(x), len(w)), np.float32), np.repeat(ws, w_rows, 0)[: len(w)]
     for b in range(xs.shape[1]):
@@ -467,7 +474,7 @@ def fused_promotion(x, xs, w, ws, block, w_rows):
     return acc
 
 
-def scales_one_by_one(x, xs, w, ws, block, w_rows):
+def scales_one_by_one(x, xs, w, ws, block, w_rows, _):
     """``sx (sw partial)`` instead of ``(sx sw) partial``."""
     acc, spread = np.zeros((len(x), len(w)), np.float32), np.repeat(ws, w_rows, 0)[: len(w)]
     for b in range(xs.shape[1]):
@@ -476,15 +483,28 @@ def scales_one_by_one(x, xs, w, ws, block, w_rows):
     return acc
 
 
-def descending_blocks(x, xs, w, ws, block, w_rows):
+def descending_blocks(x, xs, w, ws, block, w_rows, _):
     back = np.argsort(-(np.arange(x.shape[1]) // block), kind="stable")
     return ORIGINAL_LINEAR(x[:, back], xs[:, ::-1], w[:, back], ws[:, ::-1], block, w_rows)
 
 
-def single_fmas(x, xs, w, ws, block, w_rows):
+def single_fmas(x, xs, w, ws, block, w_rows, _):
     """Ascending k one by one instead of by pairs, odd first."""
     swapped = np.arange(x.shape[1]) ^ 1
     return ORIGINAL_LINEAR(x[:, swapped], xs, w[:, swapped], ws, block, w_rows)
+
+
+def bias_after_rounding(x, xs, w, ws, block, w_rows, bias):
+    return arith.bf16(ORIGINAL_LINEAR(x, xs, w, ws, block, w_rows)) + bias
+
+
+def bias_first(x, xs, w, ws, block, w_rows, bias):
+    """The chain starts from the bias."""
+    acc, spread = np.tile(bias, (len(x), 1)), np.repeat(ws, w_rows, 0)[: len(w)]
+    for b in range(xs.shape[1]):
+        k = slice(b * block, (b + 1) * block)
+        acc = acc + xs[:, b, None] * spread[None, :, b] * arith.chain(x[:, k], w[:, k].T)
+    return acc
 
 
 ORIGINAL_LINEAR = ref.scaled_linear
@@ -500,6 +520,23 @@ def test_wrong_linears_are_caught(monkeypatch, wrong):
     monkeypatch.setattr(ref, "scaled_linear", wrong)
     with pytest.raises(AssertionError, match="differ"):
         assert_same_bits(y, reference_linear(x_case, w_case, x, w), "wrong")
+
+
+@pytest.mark.parametrize("wrong", [bias_after_rounding, bias_first])
+def test_wrong_biases_are_caught(monkeypatch, wrong):
+    x_case, w_case, linear, options = LINEARS["fp8"]
+    x, w, bias = hashed(17, 384, seed=1, kind="cancel"), hashed(150, 384, seed=2), hashed(150, seed=3)
+    wq = w_case.quantize(w)
+
+    def check():
+        expected = reference_linear(x_case, w_case, x, w, f32(bias))
+        assert_same_bits(linear(x, wq, bias, out_dtype=torch.float32, **options), expected, "fp32")
+        assert_same_bits(linear(x, wq, bias, **options), arith.bf16(expected), "bf16")
+
+    check()
+    monkeypatch.setattr(ref, "scaled_linear", wrong)
+    with pytest.raises(AssertionError, match="differ"):
+        check()
 
 
 @each_linear
@@ -546,10 +583,19 @@ def test_linear_is_close_to_float64(x_case, w_case, linear, options):
     assert ((y - true).norm() / true.norm()) < 0.08
 
 
+def bias_gradient(dy: torch.Tensor) -> np.ndarray:
+    """R9: dy added over ascending tokens in fp32, rounded once."""
+    db = np.zeros(dy.shape[-1], np.float32)
+    for row in f32(dy.flatten(0, -2)):
+        db = db + row
+    return arith.bf16(db)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("m", [1, 17, 65])
 def test_int4_linear(isa, group, m):
     x, w = hashed(m, 256, seed=1).requires_grad_(), hashed(70, 256, seed=2, kind="cancel").requires_grad_()
+    bias = hashed(70, seed=4).requires_grad_()
     q = kernels.quantize_int4_group(w, group=group)
     codes, scales = ref.quantize_int4_group(f32(w), group)
     value = ref.dequantize(ref.int4_value(codes), scales, (1, group))
@@ -560,8 +606,11 @@ def test_int4_linear(isa, group, m):
     exact = f32(x).astype(np.float64) @ value.T.astype(np.float64)
     assert (np.abs(f32(fp32) - exact) <= 256 * 2.0**-24 * (np.abs(f32(x)) @ np.abs(value).T)).all()
     dy = hashed(m, 70, seed=3)
-    dx, dw = torch.autograd.grad(y, (x, w), dy)
+    biased = kernels.int4_linear(x, q, bias, master=w)
+    assert_same_bits(biased, ref_linear.linear(f32(x), value, f32(bias)), "bias")
+    dx, dw, db = torch.autograd.grad(biased, (x, w, bias), dy)
     want_dx, want_dw = ref_linear.linear_backward(f32(x), value, f32(dy), np.zeros((70, 256), np.float32))
+    assert_same_bits(db, bias_gradient(dy), "db")
     assert_same_bits(dx, want_dx, "dx")
     assert_same_bits(dw, arith.bf16(want_dw), "dw")
 
@@ -570,9 +619,13 @@ def test_int4_linear(isa, group, m):
 def test_linear_gradients_are_those_of_the_dequantised_operands(isa, x_case, w_case, linear, options):
     x, w = hashed(2, 9, 160, seed=1).requires_grad_(), torch.nn.Parameter(hashed(37, 160, seed=2))
     w.main_grad = torch.ones(37, 160)
-    y = linear(x, w_case.quantize(w), master=w, **options)
+    bias = hashed(37, seed=4).requires_grad_()
+    y = linear(x, w_case.quantize(w), bias, master=w, **options)
     dy = hashed(2, 9, 37, seed=3)
     y.backward(dy)
+    assert_same_bits(bias.grad, bias_gradient(dy), "db")
+    (alone,) = torch.autograd.grad(linear(x.detach(), w_case.quantize(w), bias, **options), bias, dy)
+    assert_same_bits(alone, bias.grad, "db alone")
     xv, wv = (
         x_case.dequantize(x_case.quantize(x.detach())).flatten(0, 1),
         w_case.dequantize(w_case.quantize(w.detach())),
@@ -584,7 +637,7 @@ def test_linear_gradients_are_those_of_the_dequantised_operands(isa, x_case, w_c
     assert_same_bits(w.main_grad, want_dw, "dw")
     assert w.grad_added_to_main_grad
     with torch.no_grad():
-        assert_same_bits(linear(x, w_case.quantize(w), **options), y, "without gradients")
+        assert_same_bits(linear(x, w_case.quantize(w), bias, **options), y, "without gradients")
     from_codes = linear(x_case.quantize(x.detach()), w_case.quantize(w), master=w)
     from_codes.backward(dy)  # codes take no gradient; the weight still does
 
@@ -623,8 +676,14 @@ def test_errors_name_op_argument_and_support():
         (lambda: kernels.fp8_linear(x[:, :128], square), ["fp8_linear", "do not fit"]),
         (lambda: kernels.fp8_linear(x, square, out_dtype=torch.float16), ["fp8_linear", "float16"]),
         (lambda: kernels.fp8_linear(x, square, master=x[:2]), ["fp8_linear", "master"]),
+        (lambda: kernels.fp8_linear(x, square._replace(codes=square.codes.to("meta"))), ["fp8_linear", "meta"]),
+        (lambda: kernels.fp8_linear(x, square, x[0, :3]), ["fp8_linear", "bias", "[N]"]),
+        (lambda: kernels.fp8_linear(x, square, torch.ones(4)), ["fp8_linear", "bias", "float32"]),
         (lambda: kernels.mxfp8_linear(m._replace(scales=m.scales[:2]), m), ["mxfp8_linear", "scales"]),
         (lambda: kernels.int4_linear(x[:, :128], i), ["int4_linear", "does not fit"]),
+        (lambda: kernels.int4_linear(x, i._replace(scales=i.scales[:2])), ["int4_linear", "scales", "do not fit"]),
+        (lambda: kernels.int4_linear(x, i, x[0]), ["int4_linear", "bias", "[N]"]),
+        (lambda: kernels.quantize_mxfp8([x, x.to("meta")]), ["quantize_mxfp8", "meta", "cpu"]),
     ):
         with pytest.raises(ValueError, match=r"zerokl\.kernels") as error:
             call()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from zerokl.kernels.reference import arith
+from zerokl.kernels.reference.quantize import e4m3_value
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -18,10 +19,15 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 
+def _wide(t):
+    if t.dtype.scalar == tl.float8e4nv:
+        return e4m3_value(t.data.view(np.uint8))
+    return (t.data.astype(np.uint32) << 16).view(np.float32) if t.data.dtype == np.uint16 else t.data
+
+
 def _dot(self, a, b, d, *_):
     """A matrix step as the R1 chain of the CPU profile."""
-    wide = [(t.data.astype(np.uint32) << 16).view(np.float32) if t.data.dtype == np.uint16 else t.data for t in (a, b)]
-    return TensorHandle(arith.chain(*wide, d.data), d.dtype.scalar)
+    return TensorHandle(arith.chain(_wide(a), _wide(b), d.data), d.dtype.scalar)
 
 
 def chain_matrix_steps():

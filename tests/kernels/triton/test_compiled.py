@@ -252,14 +252,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", CASES)
-def test_ptx(name, capability, tmp_path):
-    check_ptx(CASES[name], capability, tmp_path)
-
-
-def check_ptx(case: Case, capability: int, tmp_path: Path) -> None:
-    """Compiles the case and fails on what its PTX, its shared memory or its stack may not hold."""
+def check_ptx(case: Case, capability: int, path: Path) -> str:
+    """Compile, check what every kernel must keep, return the PTX."""
     compiled = case.compile(capability)
     ptx = re.sub(r"//.*", "", compiled.asm["ptx"])
     for what, pattern in FORBIDDEN.items():
@@ -272,6 +266,13 @@ def check_ptx(case: Case, capability: int, tmp_path: Path) -> None:
     if wanted:
         assert re.search(r"cp\.async\.cg\S* .*, 0x10,", ptx), "operands travel in 16-byte pieces"
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
-    registers, stack = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+    registers, stack = resources(compiled.asm["cubin"], path / "kernel.cubin")
     bound = case.stack if isinstance(case.stack, int) else case.stack[list(MATRIX).index(capability)]
     assert stack <= bound, f"{stack} bytes of stack, {registers} registers"
+    return ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_ptx(name, capability, tmp_path):
+    check_ptx(CASES[name], capability, tmp_path)

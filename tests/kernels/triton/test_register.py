@@ -3,18 +3,19 @@
 import inspect
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import zerokl.kernels.triton as backend
 from zerokl import kernels
 from zerokl.kernels.triton import KERNELS, check_capability, register
 
 CPU_ONLY = {
-    "cast_e4m3", "dequantize", "exp2", "log2", "logprob_merge", "logprob_segments", "matrix_step", "quantize",
-    "scaled_linear", "set_isa",
+    "cast_e4m3", "exp2", "log2", "logprob_merge", "logprob_segments", "matrix_step", "set_isa",
 }  # fmt: skip
 
 
@@ -51,6 +52,18 @@ def test_devices_are_checked():
     seed = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"sample: logits is on meta"):
         kernels.sample(torch.empty(2, 4, device="meta"), seed=seed, position=seed)
+
+
+def test_a_list_of_tensors_names_the_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backend, "check_capability", asked.append)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext(asked.append(tensor)))
+    x, y = torch.empty(1), torch.empty(2)
+    got = []
+    backend._on_own_device(lambda *a: got.append(a))([x, y], 3)
+    backend._on_own_device(lambda *a: got.append(a))(y, 4)
+    assert asked == [None, x, None, y]
+    assert got == [([x, y], 3), (y, 4)]
 
 
 def test_older_gpus_are_refused(monkeypatch):

@@ -1,0 +1,105 @@
+"""The quantisers and the linear layers on codes, compiled offline: the checks of ``test_compiled.py``, and theirs.
+
+Not for sm_80, which is no profile of these products: it has no fp8 matrix step.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_compiled import Case, check_ptx
+
+from zerokl.kernels import contract
+from zerokl.kernels.triton import quantize, quantized_linear
+from zerokl.kernels.triton.quantize_config import quantize_config
+from zerokl.kernels.triton.quantized_linear_config import int4_linear_config, scaled_linear_config
+
+FP8, MX, INT4 = (f"x_ptr:bf16 code_ptr:{code} scale_ptr:{scale}" for code, scale in (
+    ("u8", "fp32"), ("u8", "u8"), ("i32", "bf16")
+))  # fmt: skip
+FORMATS = {
+    "fp8": (quantize.FP8, FP8, 1, 128),
+    "fp8_square": (quantize.FP8, FP8, 128, 128),
+    "fp8_power_of_two": (quantize.FP8_POWER_OF_TWO, FP8, 1, 128),
+    "mx_rceil": (quantize.MX_RCEIL, MX, 1, 32),
+    "mx_floor": (quantize.MX_FLOOR, MX, 1, 32),
+    "int4": (quantize.INT4, INT4, 1, 128),
+}
+
+
+def quantiser(name: str, back: bool, table: bool) -> Case:
+    quantizer, pointers, rows, columns = FORMATS[name]
+    config = quantize_config(rows, columns)
+    constants = {"BACK": back, "QUANTIZER": quantizer.value, "SQUARE": rows > 1, "GROUPS": config.groups}
+    return Case(
+        quantize.quantize_table_kernel if table else quantize.quantize_kernel,
+        "table_ptr:i64" if table else pointers,
+        "count steps" if table else "rows k",
+        constants={**constants, "WIDTH": columns, **({"ALIGNED": True} if table else {})},
+        warps=config.num_warps,
+        fma=False,
+        stack=8 if table and back else 0,
+    )
+
+
+def product(name: str, m: int) -> Case:
+    config = int4_linear_config(m) if name == "int4" else scaled_linear_config(m)
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "GROUP": config.group}
+    flags = {"BIAS": False, "ROUND": True, "EVEN_K": True, **tiles}
+    scale = {"fp8": "fp32", "mx": "u8", "int4": "bf16"}[name]
+    if name == "int4":
+        kernel, pointers = quantized_linear.int4_linear_kernel, "x_ptr:bf16 w_ptr:i32"
+        constants = {"WIDTH": 32, "BLOCK_K": 128}
+    else:
+        kernel, pointers = quantized_linear.scaled_linear_kernel, f"x_ptr:u8 x_scale_ptr:{scale} w_ptr:u8"
+        fp8, mx = contract.FP8_BLOCK, contract.MX_BLOCK
+        constants = {"BLOCK": fp8, "W_ROWS": fp8} if name == "fp8" else {"BLOCK": mx, "W_ROWS": 1}
+    return Case(
+        kernel,
+        f"{pointers} w_scale_ptr:{scale} bias_ptr:fp32 y_ptr:bf16",
+        "m n k",
+        constants={**constants, **flags},
+        warps=config.num_warps,
+        stages=config.num_stages,
+        matrix="best",
+        fma=False,
+    )
+
+
+KINDS = {90: (r"k16\.f32\.bf16\.bf16", r"k32\.f32\.e4m3\.e4m3"), 100: (r"kind::f16", r"kind::f8f6f4")}
+"""The matrix step on bf16 and on e4m3."""
+
+each_capability = pytest.mark.parametrize("capability", [90, 100])
+
+
+@each_capability
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantisers(name, back, table, capability, tmp_path):
+    ptx = check_ptx(quantiser(name, back, table), capability, tmp_path)
+    assert "ld.global.v2.b32" in ptx or "ld.global.v4.b32" in ptx, "elements are read in 8 bytes or more"
+    assert "cvt.rn.satfinite" not in ptx, "no conversion instruction decides a code"
+    assert ("div.rn.f32" in ptx) == (not back and name != "mx_floor")
+
+
+@each_capability
+@pytest.mark.parametrize("m", [1, 4096])
+@pytest.mark.parametrize("name", ["fp8", "mx", "int4"])
+def test_products(name, m, capability, tmp_path):
+    case = product(name, m)
+    ptx = check_ptx(case, capability, tmp_path)
+    kind = KINDS[capability][name == "fp8"]
+    steps = re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma)\.\S+", ptx)
+    assert steps
+    assert all(re.search(kind, step) for step in steps)
+    if name == "fp8" and capability == 90:
+        # a block is one chain: the accumulator is added to once a block, not once every few steps
+        outputs = case.constants["BLOCK_M"] * case.constants["BLOCK_N"] // (32 * case.warps)
+        assert len(re.findall(r"add\.rn\.f32", ptx)) == outputs
