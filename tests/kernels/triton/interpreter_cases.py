@@ -108,17 +108,19 @@ def test_silu_and_mul(kind, n):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 16, 16), (1, 12, 6), (17, 64, 48)])
-def test_rotary(heads, dim, turned, inverse):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 16, 16), (1, 12, 6), (17, 64, 48), (2, 5, 2)])
+def test_rotary(heads, dim, turned, interleaved, inverse):
     # a slice of a wider tensor: strides are honoured
     x = hashed(4, heads + 2, dim, seed=1, kind="cancel")[:, 1 : 1 + heads]
     table = hashed(10, turned, seed=2).float() * 1.001
     positions = torch.tensor([9, 0, 3, 3])
     y = torch.empty(x.shape, dtype=x.dtype)
-    rotary.rotary(x, positions, table, inverse, y)
-    assert_same_bits(y, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy(), inverse=inverse), "y")
+    rotary.rotary(x, positions, table, interleaved, inverse, y)
+    options = {"interleaved": interleaved, "inverse": inverse}
+    assert_same_bits(y, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy(), **options), "y")
     with pytest.raises(RuntimeError, match="zerokl::rotary"):
-        rotary.rotary(x, positions + 1, table, inverse, y)
+        rotary.rotary(x, positions + 1, table, interleaved, inverse, y)
 
 
 def test_neighbours_holding_nan_change_nothing():

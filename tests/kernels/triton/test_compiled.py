@@ -101,6 +101,16 @@ def matmul_case(block_m: int, block_n: int, block_k: int, warps: int, stages: in
     )
 
 
+def rotary_case(**options) -> Case:
+    """A whole head of 128 in halves, or half of one in neighbours."""
+    return Case(
+        rotary.rotary_kernel,
+        "x_ptr:bf16 position_ptr:i64 table_ptr:fp32 y_ptr:bf16",
+        "heads dim rotary_dim x_row x_head",
+        constants={"INVERSE": False, "HEADS": 16, **options},
+    )
+
+
 def attention_case(rows: int, warps: int, matrix: str, stack: int | tuple[int, int, int] = 0, **options) -> Case:
     """The attention forward at head dim 128."""
     return Case(
@@ -159,12 +169,8 @@ CASES = {
     "silu_and_mul_backward": Case(
         activation.silu_and_mul_backward_kernel, "x_ptr:bf16 dy_ptr:bf16 dx_ptr:bf16", "n", constants={"BLOCK": 1024}
     ),
-    "rotary": Case(
-        rotary.rotary_kernel,
-        "x_ptr:bf16 position_ptr:i64 table_ptr:fp32 y_ptr:bf16",
-        "heads dim rotary_dim x_row x_head",
-        constants={"INVERSE": False, "HEADS": 16, "HALF": 64, "REST": 0},
-    ),
+    "rotary": rotary_case(INTERLEAVED=False, HALF=64, REST=0),
+    "rotary_interleaved_partial": rotary_case(INTERLEAVED=True, HALF=32, REST=64),
     "segment_sum": Case(
         logprob.segment_sum_kernel,
         f"logits_ptr:fp32 {FILTER} target_ptr:i64 hit_ptr:fp32 sums_ptr:fp32",
