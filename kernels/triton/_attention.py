@@ -1,4 +1,4 @@
-"""Building blocks of the attention kernels (R5, R9), profile ``sm90-bf16``: a tile's rows, a segment of keys, merge, sink.
+"""Building blocks of the attention kernels (R5, R9), profile ``sm90-bf16``: tiles, a segment of keys, merge, sink.
 
 q.k and p.v are matrix products: chains of ascending k, the probabilities rounded once to bf16 for p.v, not for their
 sum. exp2 is the polynomial. Blocks, segments, their merge and the halving tree are those of every profile. Head dims

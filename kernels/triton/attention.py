@@ -1,7 +1,7 @@
 """Attention forward over packed sequences and pages (R5), profile ``sm90-bf16``: see ``_attention.py``.
 
-One program walks a tile's keys, segment after segment. Decoding over long caches may instead give every segment a program
-of its own (``attention_split.py``); the bits are the same.
+One program walks a tile's keys, segment after segment. Decoding over long caches may instead give every segment a
+program of its own (``attention_split.py``); the bits are the same.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _launch(
     kv_heads, sequences = k.shape[-2], start.shape[0] - 1
     group = heads // kv_heads
     dims = head_dims(q, v)
-    config = forward_config(rows * group // sequences, dims["D_PAD"], dims["DV_PAD"])
+    blackwell = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 10
+    config = forward_config(rows * group // sequences, dims["D_PAD"], dims["DV_PAD"], blackwell)
     grid = (triton.cdiv(rows * group, config.rows) + sequences, kv_heads)
     attention_kernel[grid](
         q,
@@ -169,7 +170,7 @@ def attention_paged(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """``zerokl::attention_paged``: caches bf16 [pages, page_size, Hk, D or DV], contiguous; the rest int32 by sequence."""
+    """``zerokl::attention_paged``: caches bf16 [pages, page_size, Hk, D or DV], contiguous; table and lengths int32."""
     pages, page_size, kv_heads, _ = k_cache.shape
     check_pages(page_table, seq_lens, q_lens, pages, page_size, q.shape[0])
     if not q.shape[0]:
@@ -177,7 +178,7 @@ def attention_paged(
     start = torch.nn.functional.pad(q_lens.cumsum(0, dtype=torch.int32), (1, 0))
     # from shapes alone: lengths stay on the device
     segments = triton.cdiv(page_table.shape[1] * page_size, SEGMENT.value)
-    split = split_config(*q.shape[:2], kv_heads, v_cache.shape[3], len(seq_lens), segments)
+    split = split_config(q.shape[0], q.shape[1], kv_heads, v_cache.shape[3], len(seq_lens), segments)
     if split.segments > 1:
         attention_split.attend_split(
             q, k_cache, v_cache, start, seq_lens, page_table, sinks, out, scale, window, split.segments

@@ -21,8 +21,14 @@ from ._attention import (
     store_rows,
     visible,
 )
-from ._math import LOG2E, exp2, launch_options, to_bf16, to_f32
-from .attention_config import AttentionConfig, delta_config, key_gradient_config, query_gradient_config
+from ._math import LOG2E, exp2, launch_options, to_f32
+from .attention_config import (
+    AttentionConfig,
+    KeyGradientConfig,
+    delta_config,
+    key_gradient_config,
+    query_gradient_config,
+)
 
 
 @triton.jit
@@ -39,7 +45,7 @@ def delta_kernel(
     SINKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta [rows] = chain of fma(dO, O, delta) over ascending dimension; SINKS: dsink [rows] = exp2(sink - lse) delta."""
+    """delta [rows] = chain of fma(dO, O, delta) over ascending dimension; SINKS: dsink [rows] = exp2(t - lse) delta."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     delta = tl.zeros((ROWS,), tl.float32)
     for i in range(0, dim):
@@ -132,28 +138,29 @@ def key_gradient_kernel(
     c,
     scale,
     CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
 ):
-    """Program (key block, key head): dk and dv of BLOCK keys, chains over ascending (query, head), ROWS at a time."""
-    sequence, tile = find_tile(start_ptr, sequences, 1, BLOCK)
+    """Program (key block, key head): dk and dv of KEYS keys, chains over ascending (query, head), ROWS at a time."""
+    sequence, tile = find_tile(start_ptr, sequences, 1, KEYS)
     if sequence >= sequences:
         return
     kv = tl.program_id(1)
     first = tl.load(start_ptr + sequence).to(tl.int64)
     keys = (tl.load(start_ptr + sequence + 1) - first).to(tl.int32)
-    key = tile * BLOCK + tl.arange(0, BLOCK)
+    key = tile * KEYS + tl.arange(0, KEYS)
     slot = (first + key) * kv_heads + kv
     k = load_rows(k_ptr, slot, D, key < keys, D, D_PAD)
     v = load_rows(v_ptr, slot, DV, key < keys, DV, DV_PAD)
-    dk = tl.zeros((BLOCK, D_PAD), tl.float32)
-    dv = tl.zeros((BLOCK, DV_PAD), tl.float32)
+    dk = tl.zeros((KEYS, D_PAD), tl.float32)
+    dv = tl.zeros((KEYS, DV_PAD), tl.float32)
     # the rows that can see the block, from a whole tile on
-    low = tile * BLOCK if CAUSAL else 0
-    high = tl.where(window > 0, tl.minimum(keys, tile * BLOCK + BLOCK - 1 + window), keys)
+    low = tile * KEYS if CAUSAL else 0
+    high = tl.where(window > 0, tl.minimum(keys, tile * KEYS + KEYS - 1 + window), keys)
     for start in range(low * group // ROWS * ROWS, high * group, ROWS):
         row = start + tl.arange(0, ROWS)
         query = row // group
@@ -206,15 +213,15 @@ def attention_backward(
     inputs = (q, k, v, cu_seqlens, lse, delta, dout)
     sizes = (sequences, kv_heads, group, window, score_factor(scale), scale)
 
-    def options(config: AttentionConfig) -> dict[str, int | bool]:
+    def options(config: AttentionConfig | KeyGradientConfig) -> dict[str, int | bool]:
         return {"CAUSAL": causal, "ROWS": config.rows, **dims, **launch_options(config.num_warps, config.num_stages)}
 
-    config = query_gradient_config(dims["D_PAD"], dims["DV_PAD"])
-    grid = (triton.cdiv(rows * group, config.rows) + sequences, kv_heads)
-    query_gradient_kernel[grid](*inputs, dq, *sizes, **options(config))
-    config = key_gradient_config(dims["D_PAD"], dims["DV_PAD"])
-    grid = (triton.cdiv(rows, BLOCK.value) + sequences, kv_heads)
-    key_gradient_kernel[grid](*inputs, dk, dv, *sizes, **options(config))
+    tile = query_gradient_config(dims["D_PAD"], dims["DV_PAD"])
+    grid = (triton.cdiv(rows * group, tile.rows) + sequences, kv_heads)
+    query_gradient_kernel[grid](*inputs, dq, *sizes, **options(tile))
+    block = key_gradient_config(dims["D_PAD"], dims["DV_PAD"])
+    grid = (triton.cdiv(rows, block.keys) + sequences, kv_heads)
+    key_gradient_kernel[grid](*inputs, dk, dv, *sizes, KEYS=block.keys, **options(block))
 
 
 def _delta(

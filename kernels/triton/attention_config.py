@@ -15,8 +15,18 @@ _SCRATCH_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """rows: rows (query-major, then head of the group) a program holds, or walks at a time for key gradients."""
+    """rows: rows (query-major, then head of the group) that a program holds."""
 
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class KeyGradientConfig:
+    """keys: keys that a program owns; rows: query rows that it walks at a time."""
+
+    keys: int
     rows: int
     num_warps: int
     num_stages: int
@@ -29,18 +39,24 @@ class SplitConfig:
     segments: int
 
 
-def forward_config(rows: int, dim: int, v_dim: int) -> AttentionConfig:
-    """``rows``: average rows of a sequence. Decoding takes 16; otherwise two fp32 outputs of [rows, v_dim] are alive."""
+def forward_config(rows: int, dim: int, v_dim: int, blackwell: bool) -> AttentionConfig:
+    """``rows``: average rows of a sequence. Decoding takes 16.
+
+    Two fp32 outputs of [rows, v_dim] are alive. The loop over keys holds one of them and spills nothing; the other may
+    wait in local memory for the end of a segment. What fits depends on where the matrix unit keeps its sums.
+    """
     if rows <= 16:
-        return segment_config(dim, v_dim)
-    if max(dim, v_dim) > 128:
-        return AttentionConfig(64, 8, 2)
-    return AttentionConfig(64, 4, 2) if v_dim <= 64 else AttentionConfig(128, 8, 2)
+        return segment_config()
+    if v_dim > 128:
+        return AttentionConfig(32, 8, 2)
+    if max(dim, v_dim) <= 64:
+        return AttentionConfig(64, 4, 2)
+    return AttentionConfig(64 if blackwell else 128, 8, 2)
 
 
-def segment_config(dim: int, v_dim: int) -> AttentionConfig:
-    """Decoding, split or not: the smallest tile of the matrix unit, keys and values in flight."""
-    return AttentionConfig(16, 4, 2 if max(dim, v_dim) <= 128 else 1)
+def segment_config() -> AttentionConfig:
+    """Decoding, split or not: the smallest tile of the matrix unit."""
+    return AttentionConfig(16, 4, 2)
 
 
 def merge_config() -> AttentionConfig:
@@ -64,17 +80,14 @@ def split_config(tokens: int, heads: int, kv_heads: int, v_dim: int, sequences: 
 
 def query_gradient_config(dim: int, v_dim: int) -> AttentionConfig:
     """One fp32 gradient of [rows, dim] is alive."""
-    return _backward_config(64, dim, v_dim)
-
-
-def key_gradient_config(dim: int, v_dim: int) -> AttentionConfig:
-    """Fp32 gradients of [64, dim] and [64, v_dim] are alive."""
-    return _backward_config(32, dim, v_dim)
-
-
-def _backward_config(rows: int, dim: int, v_dim: int) -> AttentionConfig:
     widest = max(dim, v_dim)
-    return AttentionConfig(rows, 4 if widest <= 64 else 8, 2 if widest <= 128 else 1)
+    return AttentionConfig(64 if widest <= 128 else 32, 4 if widest <= 64 else 8, 2)
+
+
+def key_gradient_config(dim: int, v_dim: int) -> KeyGradientConfig:
+    """Fp32 gradients of [keys, dim] and [keys, v_dim] are alive."""
+    widest = max(dim, v_dim)
+    return KeyGradientConfig(64 if widest <= 128 else 32, 32, 4 if widest <= 64 else 8, 2)
 
 
 def delta_config() -> AttentionConfig:

@@ -144,7 +144,7 @@ def attend_split(
     state = torch.empty((2, segments, tokens, heads), dtype=torch.float32, device=q.device)
     o = torch.empty((segments, tokens, heads, v_cache.shape[3]), dtype=torch.float32, device=q.device)
     sizes = (tokens * heads, sequences, kv_heads, group, window)
-    config = segment_config(dims["D_PAD"], dims["DV_PAD"])
+    config = segment_config()
     segment_kernel[triton.cdiv(tokens * group, config.rows) + sequences, kv_heads, segments](
         q,
         k_cache,

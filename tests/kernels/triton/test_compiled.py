@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zerokl.kernels.triton import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling
 from zerokl.kernels.triton._math import launch_options
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -111,36 +111,6 @@ def rotary_case(**options) -> Case:
     )
 
 
-def attention_case(rows: int, warps: int, matrix: str, stack: int | tuple[int, int, int] = 0, **options) -> Case:
-    """The attention forward at head dim 128."""
-    return Case(
-        attention.attention_kernel,
-        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 length_ptr:i32 table_ptr:i32 out_ptr:bf16 lse_ptr:fp32",
-        "sequences kv_heads group dim window page_size max_pages",
-        "c",
-        {"PAGED": False, "CAUSAL": True, "ROWS": rows, "DIM": 128, **options},
-        warps=warps,
-        stages=2,
-        matrix=matrix,
-        stack=stack,
-    )
-
-
-def gradient_case(kernel: object, outputs: str, rows: int, stack: int | tuple[int, int, int] = 0) -> Case:
-    """A gradient of attention at head dim 128."""
-    return Case(
-        kernel,
-        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 lse_ptr:fp32 delta_ptr:fp32 dout_ptr:bf16 " + outputs,
-        "sequences kv_heads group dim window",
-        "c scale",
-        {"CAUSAL": True, "ROWS": rows, "DIM": 128},
-        warps=8,
-        stages=2,
-        matrix="best",
-        stack=stack,
-    )
-
-
 CASES = {
     "rms_norm": Case(
         norm.rms_norm_kernel,
@@ -230,24 +200,11 @@ CASES = {
         warps=1,
         fma=False,
     ),
-    "attention_varlen": attention_case(128, 8, "best", stack=(952, 208, 896)),
-    "attention_paged": attention_case(16, 4, "mma", PAGED=True),
-    "delta": Case(
-        attention_backward.delta_kernel,
-        "dout_ptr:bf16 out_ptr:bf16 delta_ptr:fp32",
-        "rows dim",
-        constants={"ROWS": 32},
-        warps=1,
-    ),
-    "query_gradient": gradient_case(attention_backward.query_gradient_kernel, "dq_ptr:bf16", 64, stack=48),
-    "key_gradient": gradient_case(attention_backward.key_gradient_kernel, "dk_ptr:bf16 dv_ptr:bf16", 32, stack=152),
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", CASES)
-def test_ptx(name, capability, tmp_path):
-    case = CASES[name]
+def check(case: Case, capability: int, tmp_path: Path) -> None:
+    """Compiles the case to tmp_path/kernel.cubin and asserts what its PTX and its registers must be."""
     compiled = case.compile(capability)
     ptx = re.sub(r"//.*", "", compiled.asm["ptx"])
     for what, pattern in FORBIDDEN.items():
@@ -263,3 +220,9 @@ def test_ptx(name, capability, tmp_path):
     registers, stack = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
     bound = case.stack if isinstance(case.stack, int) else case.stack[list(MATRIX).index(capability)]
     assert stack <= bound, f"{stack} bytes of stack, {registers} registers"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_ptx(name, capability, tmp_path):
+    check(CASES[name], capability, tmp_path)

@@ -1,4 +1,4 @@
-"""Runs ``interpreter_cases.py`` in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
+"""Runs each ``interpreter_cases*.py`` in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
 
 import os
 import subprocess
@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_equal_the_reference_in_the_interpreter():
-    cases = Path(__file__).with_name("interpreter_cases.py")
+@pytest.mark.parametrize(
+    "cases", sorted(Path(__file__).parent.glob("interpreter_cases*.py")), ids=lambda path: path.stem
+)
+def test_kernels_equal_the_reference_in_the_interpreter(cases):
     run = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
