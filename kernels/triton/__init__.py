@@ -24,6 +24,8 @@ KERNELS: dict[str, Callable[..., None]] = {
     "linear_dw": linear.linear_dw,
     "linear_dx": linear.linear_dx,
     "logprob_from_logits": logprob.logprob_from_logits,
+    "logprob_merge": logprob.logprob_merge,
+    "logprob_segments": logprob.logprob_segments,
     "rms_norm": norm.rms_norm,
     "rms_norm_backward": norm.rms_norm_backward,
     "rotary": rotary.rotary,

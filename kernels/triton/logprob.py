@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import contract
-from ._check import check_index, refuse
+from ._check import check_index
 from ._math import LANES, LN2, exp, fold, launch_options, log2, to_bf16
 from .linear import matmul
 from .logprob_config import elementwise_config, rows_at_once, segment_config
@@ -242,14 +242,32 @@ def segment_width(vocab: int) -> int:
     return triton.cdiv(vocab, contract.VOCAB_SEGMENTS)
 
 
+def merge(
+    sums: torch.Tensor, hit: torch.Tensor, logprob: torch.Tensor, entropy: torch.Tensor | None, state: torch.Tensor
+) -> None:
+    """Fill logprob, entropy and state [rows, 2] from sums [rows, SEGMENTS, 3] and hit [rows]."""
+    rows = logprob.shape[0]
+    merge_kernel[(triton.cdiv(rows, 16),)](
+        sums,
+        hit,
+        logprob,
+        logprob if entropy is None else entropy,
+        state,
+        rows,
+        ENTROPY=entropy is not None,
+        ROWS=16,
+        **launch_options(1),
+    )
+
+
 class Scores:
-    """Segment sums of rows as they arrive, and what they merge to."""
+    """Segment sums of rows as they arrive, and what they merge to. ``hit`` is 0 until the target's segment arrives."""
 
     def __init__(self, targets: torch.Tensor, vocab: int) -> None:
         rows, device = targets.shape[0], targets.device
         self._targets, self._vocab = targets, vocab
-        self._sums = torch.empty((rows, contract.VOCAB_SEGMENTS, 3), dtype=torch.float32, device=device)
-        self._hit = torch.empty(rows, dtype=torch.float32, device=device)
+        self.sums = torch.empty((rows, contract.VOCAB_SEGMENTS, 3), dtype=torch.float32, device=device)
+        self.hit = torch.zeros(rows, dtype=torch.float32, device=device)
         self.state = torch.empty((rows, 2), dtype=torch.float32, device=device)
 
     def add(self, logits: torch.Tensor, filter: Filter, first_segment: int, segments: int, moment: bool) -> None:
@@ -260,8 +278,8 @@ class Scores:
             logits,
             *filter,
             self._targets,
-            self._hit,
-            self._sums,
+            self.hit,
+            self.sums,
             rows,
             logits.stride(0),
             self._vocab,
@@ -272,20 +290,20 @@ class Scores:
             **launch_options(config.num_warps, config.num_stages),
         )
 
+    def add_head(
+        self, hidden: torch.Tensor, w: torch.Tensor, held: range, filter: Filter, logits: torch.Tensor, moment: bool
+    ) -> None:
+        """Logits of hidden bf16 [T, H], one segment at a time in scratch; w holds the rows of the segments ``held``."""
+        rows, width = hidden.shape[0], segment_width(self._vocab)
+        for i, segment in enumerate(held):
+            columns = w[i * width : (i + 1) * width]
+            z = logits[: rows * columns.shape[0]].view(rows, columns.shape[0])
+            matmul(hidden, columns.t(), z)
+            self.add(z, filter, segment, 1, moment)
+
     def merge(self, logprob: torch.Tensor, entropy: torch.Tensor | None) -> None:
         """Fill logprob, entropy and ``state``."""
-        rows = logprob.shape[0]
-        merge_kernel[(triton.cdiv(rows, 16),)](
-            self._sums,
-            self._hit,
-            logprob,
-            logprob if entropy is None else entropy,
-            self.state,
-            rows,
-            ENTROPY=entropy is not None,
-            ROWS=16,
-            **launch_options(1),
-        )
+        merge(self.sums, self.hit, logprob, entropy, self.state)
 
 
 def score(
@@ -372,13 +390,61 @@ def selected_logprob(
             scores.add(z, filter, 0, contract.VOCAB_SEGMENTS, entropy is not None)
         else:
             filter = Filter.of(temperature[part], vocab)
-            for segment in range(contract.VOCAB_SEGMENTS):
-                columns = w[segment * width : (segment + 1) * width]
-                z = logits[: count * columns.shape[0]].view(count, columns.shape[0])
-                matmul(hidden[part], columns.t(), z)
-                scores.add(z, filter, segment, 1, entropy is not None)
+            held = range(contract.VOCAB_SEGMENTS)
+            scores.add_head(hidden[part], w, held, filter, logits, entropy is not None)
         scores.merge(logprob[part], None if entropy is None else entropy[part])
         state[part], cut[part], cut_index[part] = scores.state, filter.cut, filter.cut_index
+
+
+def segments_held(w: torch.Tensor, total: int, rank: int, ranks: int) -> range:
+    """The segments of a vocabulary of ``total`` whose rows are w, as R6 cuts it. ValueError unless w has those rows."""
+    if ranks not in (1, 2, 4, 8) or not 0 <= rank < ranks:
+        raise ValueError(f"zerokl.kernels.selected_logprob: rank {rank} of {ranks}; supported: 1, 2, 4 or 8 ranks")
+    count = contract.VOCAB_SEGMENTS // ranks
+    held, width = range(rank * count, (rank + 1) * count), segment_width(total)
+    rows = min(held.stop * width, total) - min(held.start * width, total)
+    if w.shape[0] != rows:
+        raise ValueError(
+            f"zerokl.kernels.selected_logprob: w has {w.shape[0]} rows; rank {rank} of {ranks} holds {rows} of a "
+            f"vocabulary of {total}"
+        )
+    return held
+
+
+def logprob_segments(
+    hidden: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    total: int,
+    rank: int,
+    ranks: int,
+    moment: bool,
+    sums: torch.Tensor,
+    hit: torch.Tensor,
+) -> None:
+    """``zerokl::logprob_segments``: one rank's part of selected_logprob without filters, w being its rows of the head.
+
+    Fills sums fp32 [T, 8 / ranks, 3] and hit fp32 [T], z of the targets that lie in w and 0 elsewhere.
+    """
+    held = segments_held(w, total, rank, ranks)
+    check_index("selected_logprob", targets, total)
+    rows, width = hidden.shape[0], segment_width(total)
+    block = rows_at_once(width)
+    logits = torch.empty(min(block, rows) * width, dtype=torch.float32, device=hidden.device)
+    for first in range(0, rows, block):
+        part = slice(first, min(first + block, rows))
+        scores = Scores(targets[part], total)
+        scores.add_head(hidden[part], w, held, Filter.of(temperature[part], total), logits, moment)
+        sums[part], hit[part] = scores.sums[:, held.start : held.stop], scores.hit
+
+
+def logprob_merge(
+    sums: torch.Tensor, hit: torch.Tensor, logprob: torch.Tensor, entropy: torch.Tensor | None, state: torch.Tensor
+) -> None:
+    """``zerokl::logprob_merge``: sums fp32 [T, 8, 3] of all ranks, hit fp32 [T] of the targets' owners."""
+    if hit.shape[0]:
+        merge(sums, hit, logprob, entropy, state)
 
 
 def selected_logprob_backward(
@@ -397,10 +463,11 @@ def selected_logprob_backward(
     dw: torch.Tensor | None,
 ) -> None:
     """``zerokl::selected_logprob_backward``: recomputes the logits by segment; fp32 dw chains over tokens from what it
-    holds, fp32 dhidden over each segment's vocabulary, the segments added as a tree."""
+    holds, fp32 dhidden over each segment's vocabulary, the segments added as a tree. Of ranks that share a vocabulary
+    each adds its own segments; the ranks' trees are the caller's to add."""
     (rows, height), vocab = hidden.shape, w.shape[0]
-    refuse((total, rank, ranks) != (vocab, 0, 1), "selected_logprob", "a vocabulary shared by ranks")
-    width = segment_width(vocab)
+    held = segments_held(w, total, rank, ranks)
+    width = segment_width(total)
     block = rows_at_once(width)
     config = elementwise_config()
     logits = torch.empty(min(block, rows) * width, dtype=torch.float32, device=hidden.device)
@@ -408,7 +475,7 @@ def selected_logprob_backward(
     for first in range(0, rows, block):
         part = slice(first, min(first + block, rows))
         count = part.stop - first
-        segments = 0 if dhidden is None else contract.VOCAB_SEGMENTS
+        segments = 0 if dhidden is None else len(held)
         parts = torch.zeros((segments, count, height), dtype=torch.float32, device=hidden.device)
         for begin in range(0, vocab, width):
             columns = w[begin : begin + width]
@@ -424,7 +491,7 @@ def selected_logprob_backward(
                 state[part],
                 grad[part],
                 dz,
-                begin,
+                held.start * width + begin,
                 n,
                 BLOCK=config.block,
                 **launch_options(config.num_warps),

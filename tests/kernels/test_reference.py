@@ -242,7 +242,15 @@ def test_silu_and_mul(isa, rows, n, kind, weighted):
 
 @pytest.mark.parametrize(
     ("dim", "v_dim", "heads", "kv_heads"),
-    [(64, 64, 3, 1), (80, 80, 2, 2), (96, 96, 4, 1), (128, 128, 16, 1), (192, 128, 2, 1)],
+    [
+        (64, 64, 3, 1),
+        (64, 64, 8, 1),
+        (80, 80, 2, 2),
+        (96, 96, 4, 1),
+        (128, 128, 16, 1),
+        (192, 128, 2, 1),
+        (256, 256, 4, 2),
+    ],
 )
 @pytest.mark.parametrize(("causal", "window", "sink"), [(True, 0, False), (True, 5, True), (False, 0, False)])
 def test_attention_varlen(isa, dim, v_dim, heads, kv_heads, causal, window, sink):

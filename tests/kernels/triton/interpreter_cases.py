@@ -329,3 +329,46 @@ def test_selected_logprob(cases, monkeypatch):
     logprob.selected_logprob_backward(*saved, vocab, 0, 1, grad, dhidden, dw)
     assert_same_bits(dhidden, expected_dh, "dhidden")
     assert_same_bits(dw, expected_dw, "dw")
+
+
+@pytest.mark.parametrize(("vocab", "ranks"), [(150, 2), (40, 4), (9, 8)])
+def test_selected_logprob_of_ranks_that_share_a_vocabulary(vocab, ranks, monkeypatch):
+    """Shares put together equal the reference's whole, forward and backward; 9 leaves the last segments empty."""
+    monkeypatch.setattr(logprob, "rows_at_once", lambda _: 4)
+    rows, depth = 6, 20
+    hidden, w = hashed(rows, depth, seed=1) * 3, hashed(vocab, depth, seed=2)
+    targets, temperature = torch.arange(rows) * 31 % vocab, torch.linspace(0.7, 1.3, rows)
+    options = [(float(t), 1.0, 0) for t in temperature]
+    logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
+    expected = [ref_logprob.logprob_row(logits[r], int(targets[r]), *options[r]) for r in range(rows)]
+    width = -(-vocab // 8) * (8 // ranks)
+    shares = [w[rank * width : (rank + 1) * width] for rank in range(ranks)]
+    sums, hits = [torch.empty(rows, 8 // ranks, 3) for _ in shares], torch.empty(ranks, rows)
+    for rank, share in enumerate(shares):
+        logprob.logprob_segments(hidden, share, targets, temperature, vocab, rank, ranks, True, sums[rank], hits[rank])
+    got, entropy, state = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2)
+    logprob.logprob_merge(torch.cat(sums, 1), hits.gather(0, (targets // width)[None])[0], got, entropy, state)
+    assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
+
+    grad, dw = hashed(rows, seed=3).float(), hashed(vocab, depth, seed=4).float()
+    dz = np.stack(
+        [ref_logprob.logits_gradient(logits[r], int(targets[r]), float(grad[r]), *options[r]) for r in range(rows)]
+    )
+    expected_dw = arith.chain(dz.T, f32(hidden), dw.numpy())
+    cut, index = torch.full_like(temperature, -float("inf")), torch.zeros_like(targets)
+    saved, parts = (targets, temperature, state, cut, index), []
+    for rank, share in enumerate(shares):
+        part, dshare = torch.empty(rows, depth), dw[rank * width : (rank + 1) * width]
+        logprob.selected_logprob_backward(hidden, share, *saved, vocab, rank, ranks, grad, part, dshare)
+        parts.append(part.numpy())
+    assert_same_bits(arith_tree(np.stack(parts)), ref_logprob.hidden_gradient(dz, f32(w)), "dhidden")
+    assert_same_bits(dw, expected_dw, "dw")
+
+
+def test_shares_of_a_vocabulary_are_checked():
+    hidden, w, t = hashed(2, 4, seed=1), hashed(5, 4, seed=2), torch.ones(2)
+    out = (torch.empty(2, 4, 3), torch.empty(2))
+    for vocab, rank, ranks, words in ((9, 0, 2, "w has 5 rows; rank 0 of 2 holds 8"), (5, 0, 3, "rank 0 of 3")):
+        with pytest.raises(ValueError, match=words):
+            logprob.logprob_segments(hidden, w, torch.zeros(2, dtype=torch.int64), t, vocab, rank, ranks, False, *out)

@@ -14,7 +14,7 @@ from zerokl.kernels.triton import KERNELS, check_capability, register
 
 CPU_ONLY = {
     "cast_e4m3", "dequantize", "exp2", "grouped_linear", "grouped_linear_dw", "grouped_linear_dx", "log2",
-    "logprob_merge", "logprob_segments", "moe_combine", "moe_combine_backward", "moe_gather", "moe_order", "quantize",
+    "moe_combine", "moe_combine_backward", "moe_gather", "moe_order", "quantize",
     "router_topk", "router_topk_backward", "scaled_linear", "set_isa",
 }  # fmt: skip
 
