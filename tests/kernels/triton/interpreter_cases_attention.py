@@ -249,6 +249,16 @@ def test_attention_backward(attention_inputs, causal, window):
                 assert np.abs(f32(x[a:b]) - y).max() < 2.0**-7 * max(1, np.abs(y).max()), f"d{name}"
 
 
+def test_keys_get_their_gradient_from_the_last_query_whose_window_holds_them():
+    """Window 2: query 64, the first of its tile, is the last to see key 63, the last of its block."""
+    q, k, v, dout = (hashed(66, 1, 16, seed=seed) for seed in (1, 2, 3, 4))
+    out, lse = _attention(q, k, v, [0, 66], 0.2, window=2)
+    got = _attention_gradients(q, k, v, [0, 66], out, lse, dout, 0.2, window=2)
+    parts = [f32(x) for x in (q, k, v, out, lse, dout)]
+    for x, y in zip(got, ref_attention.attention_backward(*parts, scale=0.2, window=2), strict=True):
+        assert np.abs(f32(x) - y).max() < 2.0**-7 * max(1, np.abs(y).max())
+
+
 def test_attention_backward_equals_reference_where_rounding_is_exact():
     """One key: p = 1 and ds = 0, so the order over (query, head) decides every bit of dv."""
     q, k, v = hashed(40, 4, 16, seed=1), hashed(40, 1, 16, seed=2), hashed(40, 1, 16, seed=3)
