@@ -12,6 +12,7 @@ from functools import cache, wraps
 import torch
 
 from . import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from . import selected_logprob as head
 
 KERNELS: dict[str, Callable[..., None]] = {
     "attention_backward": attention_backward.attention_backward,
@@ -24,14 +25,14 @@ KERNELS: dict[str, Callable[..., None]] = {
     "linear_dw": linear.linear_dw,
     "linear_dx": linear.linear_dx,
     "logprob_from_logits": logprob.logprob_from_logits,
-    "logprob_merge": logprob.logprob_merge,
-    "logprob_segments": logprob.logprob_segments,
+    "logprob_merge": head.logprob_merge,
+    "logprob_segments": head.logprob_segments,
     "rms_norm": norm.rms_norm,
     "rms_norm_backward": norm.rms_norm_backward,
     "rotary": rotary.rotary,
     "sample": sampling.sample,
-    "selected_logprob": logprob.selected_logprob,
-    "selected_logprob_backward": logprob.selected_logprob_backward,
+    "selected_logprob": head.selected_logprob,
+    "selected_logprob_backward": head.selected_logprob_backward,
     "silu_and_mul": activation.silu_and_mul,
     "silu_and_mul_backward": activation.silu_and_mul_backward,
 }

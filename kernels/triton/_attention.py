@@ -104,10 +104,10 @@ def add_weighted(weight, seen, value, acc):
 
 
 @triton.jit
-def load_rows(ptr, row, width, mask, DIM: tl.constexpr, PAD: tl.constexpr):
-    """[R, PAD]: DIM elements of each ``row``, rows ``width`` apart; zeros past DIM and where the mask is off."""
+def load_rows(ptr, row, mask, DIM: tl.constexpr, PAD: tl.constexpr):
+    """[R, PAD]: the DIM elements of each ``row``; zeros past them and where the mask [R] is off."""
     d = tl.arange(0, PAD)[None, :]
-    return tl.load(ptr + row[:, None] * width + d, mask=mask[:, None] & (d < DIM), other=0.0)
+    return tl.load(ptr + row[:, None] * DIM + d, mask=mask[:, None] & (d < DIM), other=0.0)
 
 
 @triton.jit
@@ -161,8 +161,8 @@ def attend(
         else:
             slot = first + key
         slot = slot * kv_heads + kv
-        k = load_rows(k_ptr, slot, D, there, D, D_PAD)
-        v = load_rows(v_ptr, slot, DV, there, DV, DV_PAD)
+        k = load_rows(k_ptr, slot, there, D, D_PAD)
+        v = load_rows(v_ptr, slot, there, DV, DV_PAD)
         seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
         any_seen = (block < end) & (block + BLOCK > begin)
         t = tl.where(seen, tl.dot(q, tl.trans(k)) * c, -_INF)

@@ -72,7 +72,7 @@ def attention_kernel(
         sequence, tile, start_ptr, length_ptr, kv_heads, group, window, PAGED, CAUSAL, ROWS
     )
     table_ptr += sequence * max_pages
-    q = load_rows(q_ptr, index, D, real, D, D_PAD)
+    q = load_rows(q_ptr, index, real, D, D_PAD)
     m, mass, o = empty_state(ROWS, DV_PAD)
     low = tl.min(begin, axis=0) // BLOCK * BLOCK
     high = tl.max(end, axis=0)

@@ -101,8 +101,8 @@ def query_gradient_kernel(
     first, keys, index, real, begin, end = rows_of_tile(
         sequence, tile, start_ptr, start_ptr, kv_heads, group, window, False, CAUSAL, ROWS
     )
-    q = load_rows(q_ptr, index, D, real, D, D_PAD)
-    dout = load_rows(dout_ptr, index, DV, real, DV, DV_PAD)
+    q = load_rows(q_ptr, index, real, D, D_PAD)
+    dout = load_rows(dout_ptr, index, real, DV, DV_PAD)
     lse = tl.load(lse_ptr + index, mask=real, other=0.0)[:, None]
     delta = tl.load(delta_ptr + index, mask=real, other=0.0)[:, None]
     dq = tl.zeros((ROWS, D_PAD), tl.float32)
@@ -110,8 +110,8 @@ def query_gradient_kernel(
     for block in range(low // BLOCK * BLOCK, tl.max(end, axis=0), BLOCK):
         key = block + tl.arange(0, BLOCK)
         slot = (first + key) * kv_heads + tl.program_id(1)
-        k = load_rows(k_ptr, slot, D, key < keys, D, D_PAD)
-        v = load_rows(v_ptr, slot, DV, key < keys, DV, DV_PAD)
+        k = load_rows(k_ptr, slot, key < keys, D, D_PAD)
+        v = load_rows(v_ptr, slot, key < keys, DV, DV_PAD)
         seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
         p = exp2(tl.dot(q, tl.trans(k)) * c - lse)
         ds = tl.where(seen, (p * (tl.dot(dout, tl.trans(v)) - delta)) * scale, 0.0)
@@ -154,8 +154,8 @@ def key_gradient_kernel(
     keys = (tl.load(start_ptr + sequence + 1) - first).to(tl.int32)
     key = tile * KEYS + tl.arange(0, KEYS)
     slot = (first + key) * kv_heads + kv
-    k = load_rows(k_ptr, slot, D, key < keys, D, D_PAD)
-    v = load_rows(v_ptr, slot, DV, key < keys, DV, DV_PAD)
+    k = load_rows(k_ptr, slot, key < keys, D, D_PAD)
+    v = load_rows(v_ptr, slot, key < keys, DV, DV_PAD)
     dk = tl.zeros((KEYS, D_PAD), tl.float32)
     dv = tl.zeros((KEYS, DV_PAD), tl.float32)
     # the rows that can see the block, from a whole tile on
@@ -167,8 +167,8 @@ def key_gradient_kernel(
         real = query < keys
         begin, end = visible(query, keys, CAUSAL, window)
         index = (first + query) * (kv_heads * group) + kv * group + row % group
-        q = load_rows(q_ptr, index, D, real, D, D_PAD)
-        dout = load_rows(dout_ptr, index, DV, real, DV, DV_PAD)
+        q = load_rows(q_ptr, index, real, D, D_PAD)
+        dout = load_rows(dout_ptr, index, real, DV, DV_PAD)
         lse = tl.load(lse_ptr + index, mask=real, other=0.0)[None, :]
         delta = tl.load(delta_ptr + index, mask=real, other=0.0)[None, :]
         seen = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :]) & real[None, :]

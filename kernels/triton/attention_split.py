@@ -73,7 +73,7 @@ def segment_kernel(
     stop = tl.minimum((segment + 1) * SEGMENT, tl.max(end, axis=0))
     if start >= stop:
         return
-    q = load_rows(q_ptr, index, D, real, D, D_PAD)
+    q = load_rows(q_ptr, index, real, D, D_PAD)
     m, mass, o = attend(
         q, k_ptr, v_ptr, table_ptr + sequence * max_pages, first, keys, kv_heads, begin, end, start, stop, c, page_size,
         True, ROWS, D, D_PAD, DV, DV_PAD,
@@ -117,7 +117,7 @@ def merge_kernel(
         at = tl.cast(segment, tl.int64) * rows + index
         m2 = tl.load(m_ptr + at, mask=seen, other=-_INF)
         mass2 = tl.load(mass_ptr + at, mask=seen, other=0.0)
-        m, mass, o = merge(m, mass, o, m2, mass2, load_rows(o_ptr, at, DV, seen, DV, DV_PAD))
+        m, mass, o = merge(m, mass, o, m2, mass2, load_rows(o_ptr, at, seen, DV, DV_PAD))
     if SINKS:
         sink = tl.load(sink_ptr + index % (kv_heads * group), mask=real, other=0.0)
         m, mass, o = add_sink(sink, m, mass, o)

@@ -32,6 +32,7 @@ from zerokl.kernels.triton import (
     norm,
     rotary,
     sampling,
+    selected_logprob,
 )
 
 triton = pytest.importorskip("triton")
@@ -188,7 +189,7 @@ def test_logits_gradient():
     state = logprob.score(z, targets, filter, torch.empty(rows), None)
     grad = hashed(rows, seed=9).float()
     dz = torch.empty((rows, vocab), dtype=torch.bfloat16)
-    logprob.gradient_kernel[rows, 5](z, *filter, targets, state, grad, dz, 0, vocab, BLOCK=256)
+    selected_logprob.gradient_kernel[rows, 5](z, *filter, targets, state, grad, dz, 0, vocab, BLOCK=256)
     expected = [
         ref_logprob.logits_gradient(z[r].numpy(), int(targets[r]), float(grad[r]), *FILTERS[r]) for r in range(rows)
     ]
@@ -306,7 +307,7 @@ def test_embedding_and_bias_gradient():
 @pytest.mark.parametrize("cases", [FILTERS, [(1.0, 1.0, 0), (0.6, 1.0, 0)]])
 def test_selected_logprob(cases, monkeypatch):
     """The fused head equals linear, then log-probabilities from logits, in forward and backward, and the reference."""
-    monkeypatch.setattr(logprob, "rows_at_once", lambda _: 2)
+    monkeypatch.setattr(selected_logprob, "rows_at_once", lambda _: 2)
     rows, vocab, width = len(cases), 150, 32
     hidden, w = hashed(rows, width, seed=1) * 3, hashed(vocab, width, seed=2)
     targets = torch.tensor([i * 31 % vocab for i in range(rows)])
@@ -314,7 +315,7 @@ def test_selected_logprob(cases, monkeypatch):
     got, entropy, state, cut = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2), torch.empty(rows)
     cut_index = torch.empty(rows, dtype=torch.int64)
     sampling_args = (temperature, top_p, top_k.int())
-    logprob.selected_logprob(hidden, w, targets, *sampling_args, got, entropy, state, cut, cut_index)
+    selected_logprob.selected_logprob(hidden, w, targets, *sampling_args, got, entropy, state, cut, cut_index)
     logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
     expected = [ref_logprob.logprob_row(logits[r], int(targets[r]), *cases[r]) for r in range(rows)]
     assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
@@ -326,7 +327,7 @@ def test_selected_logprob(cases, monkeypatch):
     expected_dh = ref_logprob.hidden_gradient(dz, f32(w))
     expected_dw = arith.chain(dz.T, f32(hidden), dw.numpy())
     saved = (hidden, w, targets, temperature, state, cut, cut_index)
-    logprob.selected_logprob_backward(*saved, vocab, 0, 1, grad, dhidden, dw)
+    selected_logprob.selected_logprob_backward(*saved, vocab, 0, 1, grad, dhidden, dw)
     assert_same_bits(dhidden, expected_dh, "dhidden")
     assert_same_bits(dw, expected_dw, "dw")
 
@@ -334,7 +335,7 @@ def test_selected_logprob(cases, monkeypatch):
 @pytest.mark.parametrize(("vocab", "ranks"), [(150, 2), (40, 4), (9, 8)])
 def test_selected_logprob_of_ranks_that_share_a_vocabulary(vocab, ranks, monkeypatch):
     """Shares put together equal the reference's whole, forward and backward; 9 leaves the last segments empty."""
-    monkeypatch.setattr(logprob, "rows_at_once", lambda _: 4)
+    monkeypatch.setattr(selected_logprob, "rows_at_once", lambda _: 4)
     rows, depth = 6, 20
     hidden, w = hashed(rows, depth, seed=1) * 3, hashed(vocab, depth, seed=2)
     targets, temperature = torch.arange(rows) * 31 % vocab, torch.linspace(0.7, 1.3, rows)
@@ -345,9 +346,11 @@ def test_selected_logprob_of_ranks_that_share_a_vocabulary(vocab, ranks, monkeyp
     shares = [w[rank * width : (rank + 1) * width] for rank in range(ranks)]
     sums, hits = [torch.empty(rows, 8 // ranks, 3) for _ in shares], torch.empty(ranks, rows)
     for rank, share in enumerate(shares):
-        logprob.logprob_segments(hidden, share, targets, temperature, vocab, rank, ranks, True, sums[rank], hits[rank])
+        selected_logprob.logprob_segments(
+            hidden, share, targets, temperature, vocab, rank, ranks, True, sums[rank], hits[rank]
+        )
     got, entropy, state = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2)
-    logprob.logprob_merge(torch.cat(sums, 1), hits.gather(0, (targets // width)[None])[0], got, entropy, state)
+    selected_logprob.logprob_merge(torch.cat(sums, 1), hits.gather(0, (targets // width)[None])[0], got, entropy, state)
     assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
     assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
 
@@ -360,7 +363,7 @@ def test_selected_logprob_of_ranks_that_share_a_vocabulary(vocab, ranks, monkeyp
     saved, parts = (targets, temperature, state, cut, index), []
     for rank, share in enumerate(shares):
         part, dshare = torch.empty(rows, depth), dw[rank * width : (rank + 1) * width]
-        logprob.selected_logprob_backward(hidden, share, *saved, vocab, rank, ranks, grad, part, dshare)
+        selected_logprob.selected_logprob_backward(hidden, share, *saved, vocab, rank, ranks, grad, part, dshare)
         parts.append(part.numpy())
     assert_same_bits(arith_tree(np.stack(parts)), ref_logprob.hidden_gradient(dz, f32(w)), "dhidden")
     assert_same_bits(dw, expected_dw, "dw")
@@ -371,4 +374,6 @@ def test_shares_of_a_vocabulary_are_checked():
     out = (torch.empty(2, 4, 3), torch.empty(2))
     for vocab, rank, ranks, words in ((9, 0, 2, "w has 5 rows; rank 0 of 2 holds 8"), (5, 0, 3, "rank 0 of 3")):
         with pytest.raises(ValueError, match=words):
-            logprob.logprob_segments(hidden, w, torch.zeros(2, dtype=torch.int64), t, vocab, rank, ranks, False, *out)
+            selected_logprob.logprob_segments(
+                hidden, w, torch.zeros(2, dtype=torch.int64), t, vocab, rank, ranks, False, *out
+            )

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling, selected_logprob
 from zerokl.kernels.triton._math import launch_options
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -169,7 +169,7 @@ CASES = {
         warps=1,
     ),
     "gradient": Case(
-        logprob.gradient_kernel,
+        selected_logprob.gradient_kernel,
         f"logits_ptr:fp32 {FILTER} target_ptr:i64 state_ptr:fp32 grad_ptr:fp32 dz_ptr:bf16",
         "first count",
         constants={"BLOCK": 1024},
