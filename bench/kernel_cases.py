@@ -107,6 +107,12 @@ def cases(small: bool) -> list[Case]:
             lambda q, p, t: kernels.rotary(q, q, p, t)[:1], True, gigabytes=2 * tokens * heads * dim * bytes_of,
         ),
         Case(
+            "rotary interleaved",
+            lambda: (hashed(tokens, heads, dim, seed=7), positions, kernels.rotary_table(tokens, dim // 2, 1e4)),
+            lambda q, p, t: kernels.rotary(q, q, p, t, interleaved=True)[:1], True,
+            gigabytes=2 * tokens * heads * dim * bytes_of,
+        ),
+        Case(
             "embedding", lambda: (positions % vocab, head()), lambda i, w: (kernels.embedding(i, w),), True,
             torch_run=functional.embedding, gigabytes=2 * tokens * width * bytes_of,
         ),
@@ -145,6 +151,18 @@ def cases(small: bool) -> list[Case]:
             teraflops=2e-12 * length * length * heads * dim,
         )
     )  # fmt: skip
+    unequal = ((length, heads, 192, 20), (length, kv_heads, 192, 21), (length, kv_heads, 128, 22))
+    made.append(
+        Case(
+            "attention_varlen sinks",
+            lambda: (*(hashed(t, h, d, seed=s) for t, h, d, s in unequal), cu, hashed(heads, seed=23)),
+            lambda q, k, v, cu, sinks: (
+                kernels.attention_varlen(q, k, v, cu, scale=192**-0.5, window=length // 2, sinks=sinks),
+            ),
+            False,
+            teraflops=2e-12 * length * length * heads * 160 * 0.75,
+        )
+    )
     for batch, context in ((1, 2064), (3, 1040)) if small else ((1, 131072), (32, 4096)):
         made.append(
             Case(
@@ -155,7 +173,7 @@ def cases(small: bool) -> list[Case]:
     long = 1100 if small else 5000
     made.append(
         Case(
-            "attention decode xor prefill",
+            "decode xor prefill",
             lambda: tuple(hashed(long, h, dim, seed=s) for h, s in ((heads, 17), (kv_heads, 18), (kv_heads, 19))),
             _decode_against_prefill, True,
         )
