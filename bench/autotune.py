@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from zerokl.bench.kernel_cases import hashed
 from zerokl.bench.machine import versions
+from zerokl.bench.regression.case import hashed
 from zerokl.kernels.triton.linear_config import LinearConfig, linear_config
 
 TABLE = Path(__file__).resolve().parents[1] / "kernels" / "triton" / "tuned.py"

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from zerokl import kernels
-from zerokl.bench.kernel_cases import Case, Tensors, cases
-from zerokl.bench.tensor_core_cases import tensor_core_cases
+from zerokl.bench.regression import cases
+from zerokl.bench.regression.case import Case, Tensors
 from zerokl.kernels.contract import CONTRACT_VERSION, CPU
 from zerokl.kernels.ops.tensor_core import has_cuda_part
 
@@ -48,7 +48,7 @@ def main() -> int:
         return 2
     kernels.accelerate()
     result: dict[str, Any] = {"about": about(device), "checks": {}, "digests": {}, "times": {}}
-    for case in cases(options.rehearse) + tensor_core_cases(options.rehearse):
+    for case in cases(options.rehearse):
         if case.cuda_part and device.type == "cuda" and not has_cuda_part():
             result["checks"][case.name] = ["not run: kernels/_C.so was built without its CUDA part"]
             continue

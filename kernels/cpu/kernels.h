@@ -74,7 +74,7 @@ struct ScaledLinear {
   void rms_norm_backward(int64_t rows, int64_t n, const uint16_t* x, const uint16_t* w, float eps, const uint16_t* dy,          \
                          const uint16_t* dsum, uint16_t* dx, float* dw);                                                        \
   void rotary(int64_t tokens, int64_t heads, int64_t dim, int64_t rotary_dim, const uint16_t* x, int64_t x_row,                 \
-              int64_t x_head, const int64_t* positions, const float* table, bool inverse, uint16_t* y);                                        \
+              int64_t x_head, const int64_t* positions, const float* table, bool interleaved, bool inverse, uint16_t* y);       \
   void silu_and_mul(int64_t rows, int64_t n, const uint16_t* x, const float* row_weight, uint16_t* y);                          \
   void silu_and_mul_backward(int64_t rows, int64_t n, const uint16_t* x, const float* row_weight, const uint16_t* dy,           \
                              uint16_t* dx, float* drow_weight);                                                                 \

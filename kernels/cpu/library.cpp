@@ -70,11 +70,11 @@ void op_rms_norm_backward(const Tensor x, const Tensor w, double eps, const Tens
               data<uint16_t>(dsum), data<uint16_t>(dx), data<float>(dw));
 }
 
-void op_rotary(const Tensor x, const Tensor positions, const Tensor table, bool inverse, const Tensor y) {
+void op_rotary(const Tensor x, const Tensor positions, const Tensor table, bool interleaved, bool inverse, const Tensor y) {
   STD_TORCH_CHECK(x.stride(2) == 1, "zerokl::rotary: the head dimension must be contiguous");
   check_ids(positions, table.size(0));
   ZEROKL_CALL(rotary, x.size(0), x.size(1), x.size(2), table.size(1), data<uint16_t>(x, true), x.stride(0), x.stride(1),
-              data<int64_t>(positions), data<float>(table), inverse, data<uint16_t>(y));
+              data<int64_t>(positions), data<float>(table), interleaved, inverse, data<uint16_t>(y));
 }
 
 void op_silu_and_mul(const Tensor x, const Optional row_weight, const Tensor y) {
@@ -347,7 +347,7 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("embedding_dw(Tensor ids, Tensor dy, Tensor(a!) dw) -> ()");
   m.def("rms_norm(Tensor x, Tensor? residual, Tensor w, float eps, Tensor(a!) y, Tensor(b!)? sum) -> ()");
   m.def("rms_norm_backward(Tensor x, Tensor w, float eps, Tensor dy, Tensor? dsum, Tensor(a!) dx, Tensor(b!)? dw) -> ()");
-  m.def("rotary(Tensor x, Tensor positions, Tensor table, bool inverse, Tensor(a!) y) -> ()");
+  m.def("rotary(Tensor x, Tensor positions, Tensor table, bool interleaved, bool inverse, Tensor(a!) y) -> ()");
   m.def("silu_and_mul(Tensor x, Tensor? row_weight, Tensor(a!) y) -> ()");
   m.def("silu_and_mul_backward(Tensor x, Tensor? row_weight, Tensor dy, Tensor(a!) dx, Tensor(b!)? drow_weight) -> ()");
   m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window, Tensor? sinks, Tensor(a!) out, Tensor(b!) lse) -> ()");

@@ -26,6 +26,7 @@ from . import (
     router,
     sampling,
 )
+from . import selected_logprob as head
 from .accelerators import dispatch
 
 KERNELS: dict[str, Callable[..., None]] = {
@@ -44,6 +45,8 @@ KERNELS: dict[str, Callable[..., None]] = {
     "linear_dw": linear.linear_dw,
     "linear_dx": linear.linear_dx,
     "logprob_from_logits": logprob.logprob_from_logits,
+    "logprob_merge": head.logprob_merge,
+    "logprob_segments": head.logprob_segments,
     "moe_combine": moe.moe_combine,
     "moe_combine_backward": moe.moe_combine_backward,
     "moe_gather": moe.moe_gather,
@@ -56,8 +59,8 @@ KERNELS: dict[str, Callable[..., None]] = {
     "router_topk_backward": router.router_topk_backward,
     "sample": sampling.sample,
     "scaled_linear": quantized_linear.scaled_linear,
-    "selected_logprob": logprob.selected_logprob,
-    "selected_logprob_backward": logprob.selected_logprob_backward,
+    "selected_logprob": head.selected_logprob,
+    "selected_logprob_backward": head.selected_logprob_backward,
     "silu_and_mul": activation.silu_and_mul,
     "silu_and_mul_backward": activation.silu_and_mul_backward,
 }

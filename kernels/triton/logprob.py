@@ -1,4 +1,4 @@
-"""Log-probabilities of rows of fp32 logits (R6) and their gradient (R9). Cross-device: the bits of ``kernels/cpu``.
+"""Log-probabilities of rows of fp32 logits (R6). Cross-device: the bits of ``kernels/cpu``.
 
 A row is cut into contract.VOCAB_SEGMENTS segments. ``segment_sum_kernel`` gives each one's (maximum, sum, moment),
 ``merge_kernel`` adds them as a balanced tree. Top-p and top-k are a *cut*: (value, index) of the last entry kept.
@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 
 from .. import contract
-from ._check import check_index, refuse
-from ._math import LANES, LN2, exp, fold, launch_options, log2, to_bf16
-from .linear import matmul
-from .logprob_config import elementwise_config, rows_at_once, segment_config
+from ._check import check_index
+from ._math import LANES, LN2, exp, fold, launch_options, log2
+from .logprob_config import elementwise_config, segment_config
 
 SEGMENTS = tl.constexpr(contract.VOCAB_SEGMENTS)
 _INF = tl.constexpr(float("inf"))
@@ -208,48 +207,37 @@ def cut_kernel(z_ptr, order_ptr, state_ptr, top_p_ptr, top_k_ptr, cut_ptr, cut_i
         tl.store(cut_index_ptr + row, tl.load(order_ptr + row * vocab + rank - 1))
 
 
-@triton.jit
-def gradient_kernel(
-    logits_ptr,
-    temperature_ptr,
-    cut_ptr,
-    cut_index_ptr,
-    target_ptr,
-    state_ptr,
-    grad_ptr,
-    dz_ptr,
-    first,
-    count,
-    BLOCK: tl.constexpr,
-):
-    """Program (row, column block): dz [rows, count] = RNE((g (1[target] - exp(z - M) / s)) / temperature)."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < count
-    temperature = tl.broadcast_to(tl.load(temperature_ptr + row), (BLOCK,))
-    cut = tl.load(cut_ptr + row)
-    cut_index = tl.load(cut_index_ptr + row)
-    z = load_z(logits_ptr, row * count + i, first + i, mask, temperature, cut, cut_index)
-    s = tl.broadcast_to(tl.load(state_ptr + row * 2 + 1), (BLOCK,))
-    p = tl.div_rn(exp(z - tl.load(state_ptr + row * 2)), s)
-    hit = tl.where(first + i == tl.load(target_ptr + row), 1.0, 0.0)
-    dz = tl.div_rn(tl.load(grad_ptr + row) * (hit - p), temperature)
-    tl.store(dz_ptr + row * count + i, to_bf16(dz), mask=mask)
-
-
 def segment_width(vocab: int) -> int:
     """Columns of one segment; the last ones may be shorter or empty."""
     return triton.cdiv(vocab, contract.VOCAB_SEGMENTS)
 
 
+def merge(
+    sums: torch.Tensor, hit: torch.Tensor, logprob: torch.Tensor, entropy: torch.Tensor | None, state: torch.Tensor
+) -> None:
+    """Fill logprob, entropy and state [rows, 2] from sums [rows, SEGMENTS, 3] and hit [rows]."""
+    rows = logprob.shape[0]
+    merge_kernel[(triton.cdiv(rows, 16),)](
+        sums,
+        hit,
+        logprob,
+        logprob if entropy is None else entropy,
+        state,
+        rows,
+        ENTROPY=entropy is not None,
+        ROWS=16,
+        **launch_options(1),
+    )
+
+
 class Scores:
-    """Segment sums of rows as they arrive, and what they merge to."""
+    """Segment sums of rows as they arrive, and what they merge to. ``hit`` is 0 until the target's segment arrives."""
 
     def __init__(self, targets: torch.Tensor, vocab: int) -> None:
         rows, device = targets.shape[0], targets.device
-        self._targets, self._vocab = targets, vocab
-        self._sums = torch.empty((rows, contract.VOCAB_SEGMENTS, 3), dtype=torch.float32, device=device)
-        self._hit = torch.empty(rows, dtype=torch.float32, device=device)
+        self._targets, self.vocab = targets, vocab
+        self.sums = torch.empty((rows, contract.VOCAB_SEGMENTS, 3), dtype=torch.float32, device=device)
+        self.hit = torch.zeros(rows, dtype=torch.float32, device=device)
         self.state = torch.empty((rows, 2), dtype=torch.float32, device=device)
 
     def add(self, logits: torch.Tensor, filter: Filter, first_segment: int, segments: int, moment: bool) -> None:
@@ -260,12 +248,12 @@ class Scores:
             logits,
             *filter,
             self._targets,
-            self._hit,
-            self._sums,
+            self.hit,
+            self.sums,
             rows,
             logits.stride(0),
-            self._vocab,
-            segment_width(self._vocab),
+            self.vocab,
+            segment_width(self.vocab),
             first_segment,
             MOMENT=moment,
             ROWS=config.rows,
@@ -274,18 +262,7 @@ class Scores:
 
     def merge(self, logprob: torch.Tensor, entropy: torch.Tensor | None) -> None:
         """Fill logprob, entropy and ``state``."""
-        rows = logprob.shape[0]
-        merge_kernel[(triton.cdiv(rows, 16),)](
-            self._sums,
-            self._hit,
-            logprob,
-            logprob if entropy is None else entropy,
-            self.state,
-            rows,
-            ENTROPY=entropy is not None,
-            ROWS=16,
-            **launch_options(1),
-        )
+        merge(self.sums, self.hit, logprob, entropy, self.state)
 
 
 def score(
@@ -336,104 +313,3 @@ def logprob_from_logits(
         return
     check_index("logprob_from_logits", targets, logits.shape[1])
     score(logits, targets, find_filter(logits, temperature, top_p, top_k), logprob, entropy)
-
-
-def selected_logprob(
-    hidden: torch.Tensor,
-    w: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: torch.Tensor,
-    top_p: torch.Tensor,
-    top_k: torch.Tensor,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor | None,
-    state: torch.Tensor,
-    cut: torch.Tensor,
-    cut_index: torch.Tensor,
-) -> None:
-    """``zerokl::selected_logprob``: hidden bf16 [T, H], w bf16 [V, H]; fills all that follows.
-
-    Logits exist for a block of rows and one segment of the vocabulary at a time; whole rows only if one is filtered.
-    """
-    (rows, _), vocab = hidden.shape, w.shape[0]
-    check_index("selected_logprob", targets, vocab)
-    filtered = filters(top_p, top_k, vocab)
-    width = segment_width(vocab)
-    block = rows_at_once(vocab if filtered else width)
-    logits = torch.empty(min(block, rows) * (vocab if filtered else width), dtype=torch.float32, device=hidden.device)
-    for first in range(0, rows, block):
-        part = slice(first, min(first + block, rows))
-        count = part.stop - first
-        scores = Scores(targets[part], vocab)
-        if filtered:
-            z = logits[: count * vocab].view(count, vocab)
-            matmul(hidden[part], w.t(), z)
-            filter = find_filter(z, temperature[part], top_p[part], top_k[part])
-            scores.add(z, filter, 0, contract.VOCAB_SEGMENTS, entropy is not None)
-        else:
-            filter = Filter.of(temperature[part], vocab)
-            for segment in range(contract.VOCAB_SEGMENTS):
-                columns = w[segment * width : (segment + 1) * width]
-                z = logits[: count * columns.shape[0]].view(count, columns.shape[0])
-                matmul(hidden[part], columns.t(), z)
-                scores.add(z, filter, segment, 1, entropy is not None)
-        scores.merge(logprob[part], None if entropy is None else entropy[part])
-        state[part], cut[part], cut_index[part] = scores.state, filter.cut, filter.cut_index
-
-
-def selected_logprob_backward(
-    hidden: torch.Tensor,
-    w: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: torch.Tensor,
-    state: torch.Tensor,
-    cut: torch.Tensor,
-    cut_index: torch.Tensor,
-    total: int,
-    rank: int,
-    ranks: int,
-    grad: torch.Tensor,
-    dhidden: torch.Tensor | None,
-    dw: torch.Tensor | None,
-) -> None:
-    """``zerokl::selected_logprob_backward``: recomputes the logits by segment; fp32 dw chains over tokens from what it
-    holds, fp32 dhidden over each segment's vocabulary, the segments added as a tree."""
-    (rows, height), vocab = hidden.shape, w.shape[0]
-    refuse((total, rank, ranks) != (vocab, 0, 1), "selected_logprob", "a vocabulary shared by ranks")
-    width = segment_width(vocab)
-    block = rows_at_once(width)
-    config = elementwise_config()
-    logits = torch.empty(min(block, rows) * width, dtype=torch.float32, device=hidden.device)
-    gradient = torch.empty(min(block, rows) * width, dtype=torch.bfloat16, device=hidden.device)
-    for first in range(0, rows, block):
-        part = slice(first, min(first + block, rows))
-        count = part.stop - first
-        segments = 0 if dhidden is None else contract.VOCAB_SEGMENTS
-        parts = torch.zeros((segments, count, height), dtype=torch.float32, device=hidden.device)
-        for begin in range(0, vocab, width):
-            columns = w[begin : begin + width]
-            n = columns.shape[0]
-            z, dz = logits[: count * n].view(count, n), gradient[: count * n].view(count, n)
-            matmul(hidden[part], columns.t(), z)
-            gradient_kernel[count, triton.cdiv(n, config.block)](
-                z,
-                temperature[part],
-                cut[part],
-                cut_index[part],
-                targets[part],
-                state[part],
-                grad[part],
-                dz,
-                begin,
-                n,
-                BLOCK=config.block,
-                **launch_options(config.num_warps),
-            )
-            if dhidden is not None:
-                matmul(dz, columns, parts[begin // width])
-            if dw is not None:
-                matmul(dz.t(), hidden[part], dw[begin : begin + width], add=True)
-        if dhidden is not None:
-            while parts.shape[0] > 1:
-                parts = parts[::2] + parts[1::2]  # elementwise: the same bits whoever adds
-            dhidden[part] = parts[0]

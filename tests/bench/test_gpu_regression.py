@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from zerokl.bench.gpu_regression import DIGESTS, check, measure, table
-from zerokl.bench.kernel_cases import cases
-from zerokl.bench.tensor_core_cases import tensor_core_cases
+from zerokl.bench.regression import cases
 
 CPU = torch.device("cpu")
-CASES = {case.name: case for case in cases(small=True) + tensor_core_cases(small=True)}
+CASES = {case.name: case for case in cases(small=True)}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -172,20 +172,57 @@ def test_rms_norm(isa, rows, n, kind, residual):
     assert_same_bits(dw, arith.bf16(expected[1]), "dw")
 
 
-@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (80, 80), (128, 64), (6, 6)])
-def test_rotary(isa, dim, rotary_dim):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (80, 80), (96, 20), (128, 64), (256, 64), (7, 6), (6, 2)])
+def test_rotary(isa, dim, rotary_dim, interleaved):
     table = kernels.rotary_table(50, rotary_dim, 1e4)
     positions = torch.arange(20) * 7 % 50
     wide = hashed(20, 5, dim + 3, seed=1, kind="cancel").requires_grad_()  # a strided view, as from a fused projection
     q, k = wide[:, :3, :dim], wide[:, 3:, :dim]
-    qr, kr = kernels.rotary(q, k, positions, table)
+    qr, kr = kernels.rotary(q, k, positions, table, interleaved=interleaved)
+    options = {"positions": positions.numpy(), "table": table.numpy(), "interleaved": interleaved}
     for got, x in ((qr, q), (kr, k)):
-        assert_same_bits(got, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy()), "rotary")
-    dq = hashed(20, 3, dim, seed=2)
-    (dwide,) = torch.autograd.grad(qr, wide, dq)
-    assert_same_bits(
-        dwide[:, :3, :dim], ref_rotary.rotary(f32(dq), positions.numpy(), table.numpy(), inverse=True), "dq"
-    )
+        assert_same_bits(got, ref_rotary.rotary(f32(x), **options), "rotary")
+        assert torch.equal(got[..., rotary_dim:], x[..., rotary_dim:]), "the rest passes through"
+    dq, dk = hashed(20, 3, dim, seed=2), hashed(20, 2, dim, seed=3)
+    (dwide,) = torch.autograd.grad((qr, kr), wide, (dq, dk))
+    for got, grad in ((dwide[:, :3, :dim], dq), (dwide[:, 3:, :dim], dk)):
+        assert_same_bits(got, ref_rotary.rotary(f32(grad), **options, inverse=True), "gradient")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_turns_pairs_by_their_angle(interleaved):
+    """Against complex multiplication in float64, the pairs taken as the style names them."""
+    table, positions = kernels.rotary_table(32, 24, 1e4), torch.arange(32)
+    q = hashed(32, 2, 40, seed=1)
+    got, _ = kernels.rotary(q, q, positions, table, interleaved=interleaved)
+
+    def pairs(x):
+        x = x[..., :24].double()
+        x = x.unflatten(-1, (12, 2)) if interleaved else x.unflatten(-1, (2, 12)).transpose(-1, -2)
+        return torch.view_as_complex(x.contiguous())
+
+    angle = positions[:, None].double() * 1e4 ** (-torch.arange(12).double() / 12)
+    expected = pairs(q) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    assert (torch.view_as_real(pairs(got) - expected)).abs().max() < 2.0**-8
+    assert torch.equal(got[..., 24:], q[..., 24:])
+
+
+def test_rotary_errors_name_the_argument():
+    q, positions, table = hashed(3, 2, 8, seed=1), torch.arange(3), kernels.rotary_table(4, 8, 1e4)
+    for arguments, message in (
+        ((q, q[..., :6], positions, table), r"q .* and k .* must be \[T, heads, D\]"),
+        ((q, q, positions[:2], table), r"positions \(2,\); expected \(3,\)"),
+        ((q[..., :6], q[..., :6], positions, table), r"table torch.float32 \(4, 8\) must be fp32 .* in 1\.\.6"),
+        ((q, q, positions, table.double()), "table torch.float64"),
+        ((q, q, positions, table[:, :7]), "table turns 7 dimensions; supported: an even number"),
+        ((q, q, positions, table[:, :0]), r"table .* \(4, 0\)"),
+        ((q.float(), q, positions, table), "q is torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"zerokl\.kernels\.rotary: {message}"):
+            kernels.rotary(*arguments, interleaved=True)
+    with pytest.raises(RuntimeError, match="outside"):
+        kernels.rotary(q, q, positions + 2, table)
 
 
 @drawn
@@ -205,7 +242,15 @@ def test_silu_and_mul(isa, rows, n, kind, weighted):
 
 @pytest.mark.parametrize(
     ("dim", "v_dim", "heads", "kv_heads"),
-    [(64, 64, 3, 1), (80, 80, 2, 2), (96, 96, 4, 1), (128, 128, 16, 1), (192, 128, 2, 1)],
+    [
+        (64, 64, 3, 1),
+        (64, 64, 8, 1),
+        (80, 80, 2, 2),
+        (96, 96, 4, 1),
+        (128, 128, 16, 1),
+        (192, 128, 2, 1),
+        (256, 256, 4, 2),
+    ],
 )
 @pytest.mark.parametrize(("causal", "window", "sink"), [(True, 0, False), (True, 5, True), (False, 0, False)])
 def test_attention_varlen(isa, dim, v_dim, heads, kv_heads, causal, window, sink):

@@ -96,10 +96,27 @@ def test_prefill_chunks_decode_and_prefix_hits_agree(page, n):
     check_calls_agree(n, whole, lambda begin, end: page_call(q, k_cache, v_cache, table, begin, end, scale=scale))
 
 
-@pytest.mark.parametrize("n", [1, 65, 1025])
-def test_windows_sinks_and_unequal_head_dims_agree_too(n):
-    q, k, v = hashed(n, 4, 192, seed=1), hashed(n, 2, 192, seed=2), hashed(n, 2, 128, seed=3, kind="cancel")
-    options = {"scale": 0.07, "window": 100, "sinks": hashed(4, seed=4)}
+@pytest.mark.parametrize(
+    ("n", "heads", "kv_heads", "dim", "v_dim"),
+    [
+        (1, 4, 2, 192, 128),
+        (65, 4, 2, 192, 128),
+        (1025, 4, 2, 192, 128),
+        (130, 8, 1, 64, 64),
+        (130, 3, 3, 80, 80),
+        (130, 4, 1, 96, 96),
+        (130, 16, 1, 128, 128),
+        (130, 2, 1, 256, 256),
+    ],
+)
+def test_windows_sinks_head_dims_and_groups_agree_too(n, heads, kv_heads, dim, v_dim):
+    q, k, v = (
+        hashed(n, h, d, seed=s, kind=kind)
+        for s, (h, d, kind) in enumerate(
+            [(heads, dim, "plain"), (kv_heads, dim, "plain"), (kv_heads, v_dim, "cancel")], start=1
+        )
+    )
+    options = {"scale": 0.07, "window": 100, "sinks": hashed(heads, seed=4)}
     whole = kernels.attention_varlen(q, k, v, torch.tensor([0, n], dtype=torch.int32), **options)
     k_cache, v_cache, table = paged(k, v, 16, shuffle=n)
     check_calls_agree(n, whole, lambda begin, end: page_call(q, k_cache, v_cache, table, begin, end, **options))

@@ -1,6 +1,5 @@
 """Every Triton kernel against the scalar-order reference, in Triton's interpreter. Run by ``test_interpreter.py``."""
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from interpreted import chain_matrix_steps, tl, triton
 
 from zerokl.kernels.reference import activation as ref_activation
 from zerokl.kernels.reference import arith
-from zerokl.kernels.reference import attention as ref_attention
 from zerokl.kernels.reference import linear as ref_linear
 from zerokl.kernels.reference import logprob as ref_logprob
 from zerokl.kernels.reference import norm as ref_norm
@@ -24,13 +22,12 @@ from zerokl.kernels.reference import sampling as ref_sampling
 from zerokl.kernels.triton import (
     _math,
     activation,
-    attention,
-    attention_backward,
     linear,
     logprob,
     norm,
     rotary,
     sampling,
+    selected_logprob,
 )
 
 chain_matrix_steps()
@@ -87,17 +84,19 @@ def test_silu_and_mul(kind, n):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 16, 16), (1, 12, 6), (17, 64, 48)])
-def test_rotary(heads, dim, turned, inverse):
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 16, 16), (1, 12, 6), (17, 64, 48), (2, 5, 2)])
+def test_rotary(heads, dim, turned, interleaved, inverse):
     # a slice of a wider tensor: strides are honoured
     x = hashed(4, heads + 2, dim, seed=1, kind="cancel")[:, 1 : 1 + heads]
     table = hashed(10, turned, seed=2).float() * 1.001
     positions = torch.tensor([9, 0, 3, 3])
     y = torch.empty(x.shape, dtype=x.dtype)
-    rotary.rotary(x, positions, table, inverse, y)
-    assert_same_bits(y, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy(), inverse=inverse), "y")
+    rotary.rotary(x, positions, table, interleaved, inverse, y)
+    options = {"interleaved": interleaved, "inverse": inverse}
+    assert_same_bits(y, ref_rotary.rotary(f32(x), positions.numpy(), table.numpy(), **options), "y")
     with pytest.raises(RuntimeError, match="zerokl::rotary"):
-        rotary.rotary(x, positions + 1, table, inverse, y)
+        rotary.rotary(x, positions + 1, table, interleaved, inverse, y)
 
 
 def test_neighbours_holding_nan_change_nothing():
@@ -169,7 +168,7 @@ def test_logits_gradient():
     state = logprob.score(z, targets, filter, torch.empty(rows), None)
     grad = hashed(rows, seed=9).float()
     dz = torch.empty((rows, vocab), dtype=torch.bfloat16)
-    logprob.gradient_kernel[rows, 5](z, *filter, targets, state, grad, dz, 0, vocab, BLOCK=256)
+    selected_logprob.gradient_kernel[rows, 5](z, *filter, targets, state, grad, dz, 0, vocab, BLOCK=256)
     expected = [
         ref_logprob.logits_gradient(z[r].numpy(), int(targets[r]), float(grad[r]), *FILTERS[r]) for r in range(rows)
     ]
@@ -284,90 +283,10 @@ def test_embedding_and_bias_gradient():
         linear.embedding(ids - 1, w, y)
 
 
-def _attention(q, k, v, cu, scale, causal=True, window=0):
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
-    attention.attention_varlen(q, k, v, torch.tensor(cu, dtype=torch.int32), scale, causal, window, None, out, lse)
-    return out, lse
-
-
-def _reference_attention(q, k, v, cu, scale, causal=True, window=0):
-    parts = [
-        ref_attention.attention(*(f32(x[a:b]) for x in (q, k, v)), scale=scale, causal=causal, window=window)
-        for a, b in itertools.pairwise(cu)
-        if b > a
-    ]
-    return [np.concatenate(x) for x in zip(*parts, strict=True)]
-
-
-@pytest.fixture
-def attention_inputs():
-    cu = [0, 70, 70, 75, 80]
-    q, k, v = hashed(80, 4, 24, seed=1), hashed(80, 2, 24, seed=2), hashed(80, 2, 24, seed=3)
-    return q * 4, k, v, cu
-
-
-@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
-def test_attention(attention_inputs, causal, window):
-    """Against the CPU profile's reference: that lse agrees bit for bit shows blocks, masks, tree and merge; outputs are
-    close, since only this profile rounds probabilities."""
-    q, k, v, cu = attention_inputs
-    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
-    expected, expected_lse = _reference_attention(q, k, v, cu, 0.2, causal, window)
-    assert_same_bits(lse, expected_lse, "lse")
-    assert np.abs(f32(out) - expected).max() < 2.0**-7
-
-
-@pytest.mark.parametrize("window", [0, 150])
-def test_attention_merges_segments(monkeypatch, window):
-    monkeypatch.setattr(attention, "SEGMENT", tl.constexpr(128))
-    monkeypatch.setattr(ref_attention, "SEGMENT", 128)
-    q, k, v = hashed(300, 1, 16, seed=1) * 4, hashed(300, 1, 16, seed=2), hashed(300, 1, 16, seed=3)
-    out, lse = _attention(q, k, v, [0, 300], 0.3, window=window)
-    expected, expected_lse = _reference_attention(q, k, v, [0, 300], 0.3, window=window)
-    assert_same_bits(lse, expected_lse, "lse")
-    assert np.abs(f32(out) - expected).max() < 2.0**-7
-
-
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_paged_attention_equals_packed(attention_inputs, page_size):
-    """The last queries of each sequence over scattered pages: the bytes of the whole sequence's."""
-    q, k, v, cu = attention_inputs
-    whole, _ = _attention(q, k, v, cu, 0.2)
-    lens, last = [70, 0, 5, 5], [3, 0, 1, 5]
-    width = -(-70 // page_size)
-    order = torch.randperm(4 * width, generator=torch.Generator().manual_seed(1)).int().reshape(4, width)
-    caches = [torch.full((4 * width, page_size, 2, 24), NAN, dtype=torch.bfloat16) for _ in range(2)]
-    rows = []
-    for b, (start, length) in enumerate(zip(cu, lens, strict=False)):
-        for p in range(length):
-            for cache, x in zip(caches, (k, v), strict=True):
-                cache[order[b, p // page_size], p % page_size] = x[start + p]
-        rows += range(start + length - last[b], start + length)
-    out = torch.empty_like(q[rows])
-    args = (order, torch.tensor(lens, dtype=torch.int32), torch.tensor(last, dtype=torch.int32))
-    attention.attention_paged(q[rows], *caches, *args, 0.2, 0, None, out)
-    assert_same_bits(out, whole[rows], "paged")
-    with pytest.raises(RuntimeError, match="attention_paged"):
-        attention.attention_paged(q[rows], *caches, order + 1, *args[1:], 0.2, 0, None, out)
-
-
-def test_attention_does_not_see_later_nan(attention_inputs):
-    q, k, v, cu = attention_inputs
-    clean, _ = _attention(q, k, v, cu, 0.2)
-    for spoilt in range(3):
-        inputs = [q.clone(), k.clone(), v.clone()]
-        inputs[spoilt][40], inputs[spoilt][60] = NAN, float("inf")
-        out, _ = _attention(*inputs, cu, 0.2)
-        others = [i for i in range(80) if (i not in (40, 60) if spoilt == 0 else (i < 40 or i >= 70))]
-        assert_same_bits(out[others], clean[others], "row that does not see it")
-        assert out[40].isnan().all()
-        assert spoilt == 0 or out[40:70].isnan().all()
-
-
 @pytest.mark.parametrize("cases", [FILTERS, [(1.0, 1.0, 0), (0.6, 1.0, 0)]])
 def test_selected_logprob(cases, monkeypatch):
     """The fused head equals linear, then log-probabilities from logits, in forward and backward, and the reference."""
-    monkeypatch.setattr(logprob, "rows_at_once", lambda _: 2)
+    monkeypatch.setattr(selected_logprob, "rows_at_once", lambda _: 2)
     rows, vocab, width = len(cases), 150, 32
     hidden, w = hashed(rows, width, seed=1) * 3, hashed(vocab, width, seed=2)
     targets = torch.tensor([i * 31 % vocab for i in range(rows)])
@@ -375,7 +294,7 @@ def test_selected_logprob(cases, monkeypatch):
     got, entropy, state, cut = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2), torch.empty(rows)
     cut_index = torch.empty(rows, dtype=torch.int64)
     sampling_args = (temperature, top_p, top_k.int())
-    logprob.selected_logprob(hidden, w, targets, *sampling_args, got, entropy, state, cut, cut_index)
+    selected_logprob.selected_logprob(hidden, w, targets, *sampling_args, got, entropy, state, cut, cut_index)
     logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
     expected = [ref_logprob.logprob_row(logits[r], int(targets[r]), *cases[r]) for r in range(rows)]
     assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
@@ -387,59 +306,53 @@ def test_selected_logprob(cases, monkeypatch):
     expected_dh = ref_logprob.hidden_gradient(dz, f32(w))
     expected_dw = arith.chain(dz.T, f32(hidden), dw.numpy())
     saved = (hidden, w, targets, temperature, state, cut, cut_index)
-    logprob.selected_logprob_backward(*saved, vocab, 0, 1, grad, dhidden, dw)
+    selected_logprob.selected_logprob_backward(*saved, vocab, 0, 1, grad, dhidden, dw)
     assert_same_bits(dhidden, expected_dh, "dhidden")
     assert_same_bits(dw, expected_dw, "dw")
 
 
-def _attention_gradients(q, k, v, cu, out, lse, dout, scale, causal=True, window=0):
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    cu = torch.tensor(cu, dtype=torch.int32)
-    attention_backward.attention_backward(q, k, v, cu, scale, causal, window, None, out, lse, dout, *grads, None, None)
-    return grads
+@pytest.mark.parametrize(("vocab", "ranks"), [(150, 2), (40, 4), (9, 8)])
+def test_selected_logprob_of_ranks_that_share_a_vocabulary(vocab, ranks, monkeypatch):
+    """Shares put together equal the reference's whole, forward and backward; 9 leaves the last segments empty."""
+    monkeypatch.setattr(selected_logprob, "rows_at_once", lambda _: 4)
+    rows, depth = 6, 20
+    hidden, w = hashed(rows, depth, seed=1) * 3, hashed(vocab, depth, seed=2)
+    targets, temperature = torch.arange(rows) * 31 % vocab, torch.linspace(0.7, 1.3, rows)
+    options = [(float(t), 1.0, 0) for t in temperature]
+    logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
+    expected = [ref_logprob.logprob_row(logits[r], int(targets[r]), *options[r]) for r in range(rows)]
+    width = -(-vocab // 8) * (8 // ranks)
+    shares = [w[rank * width : (rank + 1) * width] for rank in range(ranks)]
+    sums, hits = [torch.empty(rows, 8 // ranks, 3) for _ in shares], torch.empty(ranks, rows)
+    for rank, share in enumerate(shares):
+        selected_logprob.logprob_segments(
+            hidden, share, targets, temperature, vocab, rank, ranks, True, sums[rank], hits[rank]
+        )
+    got, entropy, state = torch.empty(rows), torch.empty(rows), torch.empty(rows, 2)
+    selected_logprob.logprob_merge(torch.cat(sums, 1), hits.gather(0, (targets // width)[None])[0], got, entropy, state)
+    assert_same_bits(got, np.array([e[0] for e in expected]), "logprob")
+    assert_same_bits(entropy, np.array([e[1] for e in expected]), "entropy")
+
+    grad, dw = hashed(rows, seed=3).float(), hashed(vocab, depth, seed=4).float()
+    dz = np.stack(
+        [ref_logprob.logits_gradient(logits[r], int(targets[r]), float(grad[r]), *options[r]) for r in range(rows)]
+    )
+    expected_dw = arith.chain(dz.T, f32(hidden), dw.numpy())
+    cut, index = torch.full_like(temperature, -float("inf")), torch.zeros_like(targets)
+    saved, parts = (targets, temperature, state, cut, index), []
+    for rank, share in enumerate(shares):
+        part, dshare = torch.empty(rows, depth), dw[rank * width : (rank + 1) * width]
+        selected_logprob.selected_logprob_backward(hidden, share, *saved, vocab, rank, ranks, grad, part, dshare)
+        parts.append(part.numpy())
+    assert_same_bits(arith_tree(np.stack(parts)), ref_logprob.hidden_gradient(dz, f32(w)), "dhidden")
+    assert_same_bits(dw, expected_dw, "dw")
 
 
-@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
-def test_attention_backward(attention_inputs, causal, window):
-    """Close to the CPU profile's reference; only this profile rounds p and ds."""
-    q, k, v, cu = attention_inputs
-    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
-    dout = hashed(*q.shape, seed=4)
-    got = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2, causal, window)
-    for a, b in itertools.pairwise(cu):
-        if b > a:
-            parts = [f32(x[a:b]) for x in (q, k, v, out, lse, dout)]
-            expected = ref_attention.attention_backward(*parts, scale=0.2, causal=causal, window=window)
-            for name, x, y in zip("qkv", got, expected, strict=True):
-                assert np.abs(f32(x[a:b]) - y).max() < 2.0**-7 * max(1, np.abs(y).max()), f"d{name}"
-
-
-def test_attention_backward_equals_reference_where_rounding_is_exact():
-    """One key: p = 1 and ds = 0, so the order over (query, head) decides every bit of dv."""
-    q, k, v = hashed(40, 4, 16, seed=1), hashed(40, 1, 16, seed=2), hashed(40, 1, 16, seed=3)
-    out, lse = _attention(q, k, v, [0, 40], 0.2, window=1)
-    dout = hashed(40, 4, 16, seed=4, kind="wide")
-    _, _, dv = _attention_gradients(q, k, v, [0, 40], out, lse, dout, 0.2, window=1)
-    pairs = [arith.chain(np.ones((1, 4), dtype=np.float32), f32(dout[t])) for t in range(40)]
-    assert_same_bits(dv, arith.bf16(np.stack(pairs)), "dv")
-
-
-def test_attention_backward_beside_nan(attention_inputs):
-    """Sequences that do not hold the NaN keep their gradients, and so do queries before a spoilt key."""
-    q, k, v, cu = attention_inputs
-    out, lse = _attention(q, k, v, cu, 0.2)
-    dout = hashed(*q.shape, seed=4)
-    clean = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2)
-    for spoilt in range(4):
-        inputs = [q.clone(), k.clone(), v.clone(), dout.clone()]
-        inputs[spoilt][40] = NAN
-        q2, k2, v2, dout2 = inputs
-        out, lse = _attention(q2, k2, v2, cu, 0.2)
-        dq, dk, dv = _attention_gradients(q2, k2, v2, cu, out, lse, dout2, 0.2)
-        for got, expected in zip((dq, dk, dv), clean, strict=True):
-            assert_same_bits(got[70:], expected[70:], "other sequences")
-        assert_same_bits(dq[:40], clean[0][:40], "earlier queries")
-        if spoilt in (0, 3):
-            # a query's NaN reaches the keys it sees, none behind it
-            assert_same_bits(dk[41:], clean[1][41:], "later keys")
-            assert dv[:41].isnan().all()
+def test_shares_of_a_vocabulary_are_checked():
+    hidden, w, t = hashed(2, 4, seed=1), hashed(5, 4, seed=2), torch.ones(2)
+    out = (torch.empty(2, 4, 3), torch.empty(2))
+    for vocab, rank, ranks, words in ((9, 0, 2, "w has 5 rows; rank 0 of 2 holds 8"), (5, 0, 3, "rank 0 of 3")):
+        with pytest.raises(ValueError, match=words):
+            selected_logprob.logprob_segments(
+                hidden, w, torch.zeros(2, dtype=torch.int64), t, vocab, rank, ranks, False, *out
+            )

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zerokl.kernels.triton import activation, attention, attention_backward, linear, logprob, norm, rotary, sampling
+from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling, selected_logprob
 from zerokl.kernels.triton._math import launch_options
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -101,33 +101,13 @@ def matmul_case(block_m: int, block_n: int, block_k: int, warps: int, stages: in
     )
 
 
-def attention_case(rows: int, warps: int, matrix: str, stack: int | tuple[int, int, int] = 0, **options) -> Case:
-    """The attention forward at head dim 128."""
+def rotary_case(**options) -> Case:
+    """A whole head of 128 in halves, or half of one in neighbours."""
     return Case(
-        attention.attention_kernel,
-        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 length_ptr:i32 table_ptr:i32 out_ptr:bf16 lse_ptr:fp32",
-        "sequences kv_heads group dim window page_size max_pages",
-        "c",
-        {"PAGED": False, "CAUSAL": True, "ROWS": rows, "DIM": 128, **options},
-        warps=warps,
-        stages=2,
-        matrix=matrix,
-        stack=stack,
-    )
-
-
-def gradient_case(kernel: object, outputs: str, rows: int, stack: int | tuple[int, int, int] = 0) -> Case:
-    """A gradient of attention at head dim 128."""
-    return Case(
-        kernel,
-        "q_ptr:bf16 k_ptr:bf16 v_ptr:bf16 start_ptr:i32 lse_ptr:fp32 delta_ptr:fp32 dout_ptr:bf16 " + outputs,
-        "sequences kv_heads group dim window",
-        "c scale",
-        {"CAUSAL": True, "ROWS": rows, "DIM": 128},
-        warps=8,
-        stages=2,
-        matrix="best",
-        stack=stack,
+        rotary.rotary_kernel,
+        "x_ptr:bf16 position_ptr:i64 table_ptr:fp32 y_ptr:bf16",
+        "heads dim rotary_dim x_row x_head",
+        constants={"INVERSE": False, "HEADS": 16, **options},
     )
 
 
@@ -173,12 +153,8 @@ CASES = {
         "rows n",
         constants={"ROWS": 4},
     ),
-    "rotary": Case(
-        rotary.rotary_kernel,
-        "x_ptr:bf16 position_ptr:i64 table_ptr:fp32 y_ptr:bf16",
-        "heads dim rotary_dim x_row x_head",
-        constants={"INVERSE": False, "HEADS": 16, "HALF": 64, "REST": 0},
-    ),
+    "rotary": rotary_case(INTERLEAVED=False, HALF=64, REST=0),
+    "rotary_interleaved_partial": rotary_case(INTERLEAVED=True, HALF=32, REST=64),
     "segment_sum": Case(
         logprob.segment_sum_kernel,
         f"logits_ptr:fp32 {FILTER} target_ptr:i64 hit_ptr:fp32 sums_ptr:fp32",
@@ -207,7 +183,7 @@ CASES = {
         warps=1,
     ),
     "gradient": Case(
-        logprob.gradient_kernel,
+        selected_logprob.gradient_kernel,
         f"logits_ptr:fp32 {FILTER} target_ptr:i64 state_ptr:fp32 grad_ptr:fp32 dz_ptr:bf16",
         "first count",
         constants={"BLOCK": 1024},
@@ -238,17 +214,6 @@ CASES = {
         warps=1,
         fma=False,
     ),
-    "attention_varlen": attention_case(128, 8, "best", stack=(952, 208, 896)),
-    "attention_paged": attention_case(16, 4, "mma", PAGED=True),
-    "delta": Case(
-        attention_backward.delta_kernel,
-        "dout_ptr:bf16 out_ptr:bf16 delta_ptr:fp32",
-        "rows dim",
-        constants={"ROWS": 32},
-        warps=1,
-    ),
-    "query_gradient": gradient_case(attention_backward.query_gradient_kernel, "dq_ptr:bf16", 64, stack=48),
-    "key_gradient": gradient_case(attention_backward.key_gradient_kernel, "dk_ptr:bf16 dv_ptr:bf16", 32, stack=152),
 }
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from zerokl import kernels
-from zerokl.bench.kernel_cases import Case, Tensors, hashed
+from zerokl.bench.regression.case import Case, Tensors, hashed
 from zerokl.kernels.contract import MATRIX_STEPS, MatrixStep
 
 _ELEMENT = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}

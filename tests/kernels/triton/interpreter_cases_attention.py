@@ -1,0 +1,290 @@
+"""Attention in Triton's interpreter, run by ``test_interpreter.py``; matrix steps as in ``interpreter_cases.py``.
+
+That lse agrees bit for bit with the CPU profile's reference shows products, masks, blocks, tree, merge and sink.
+Outputs and gradients are close, since only this profile rounds probabilities, and equal where that rounding is exact.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import interpreter_cases  # noqa: F401 - it makes tl.dot a chain
+from data import assert_same_bits, f32, hashed
+
+from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import attention as ref_attention
+from zerokl.kernels.triton import attention, attention_backward, attention_split
+from zerokl.kernels.triton.attention_config import SplitConfig, split_config
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+NAN = float("nan")
+SEGMENT = 128  # in place of 1,024, so that short sequences have several
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    for module in (attention, attention_split):
+        monkeypatch.setattr(module, "SEGMENT", tl.constexpr(SEGMENT))
+    monkeypatch.setattr(ref_attention, "SEGMENT", SEGMENT)
+
+
+def _attention(q, k, v, cu, scale, causal=True, window=0, sinks=None):
+    out, lse = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype), torch.empty(q.shape[:2])
+    attention.attention_varlen(q, k, v, torch.tensor(cu, dtype=torch.int32), scale, causal, window, sinks, out, lse)
+    return out, lse
+
+
+def _reference_attention(q, k, v, cu, scale, causal=True, window=0, sinks=None):
+    options = {"scale": scale, "causal": causal, "window": window, "sinks": None if sinks is None else f32(sinks)}
+    parts = [
+        ref_attention.attention(*(f32(x[a:b]) for x in (q, k, v)), **options)
+        for a, b in itertools.pairwise(cu)
+        if b > a
+    ]
+    return [np.concatenate(x) for x in zip(*parts, strict=True)]
+
+
+def _attention_gradients(q, k, v, cu, out, lse, dout, scale, causal=True, window=0, sinks=None):
+    """dq, dk, dv, and the sinks' if there are any."""
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    rows, dsinks = (None, None) if sinks is None else (torch.empty_like(lse), torch.empty_like(sinks))
+    cu = torch.tensor(cu, dtype=torch.int32)
+    saved = (q, k, v, cu, scale, causal, window, sinks, out, lse, dout)
+    attention_backward.attention_backward(*saved, *grads, rows, dsinks)
+    return grads if sinks is None else [*grads, dsinks]
+
+
+def _pages(k, v, lens, page_size):
+    """Packed k, v [sum(lens), Hk, D or DV] on scattered pages among NaN: (k_cache, v_cache, table, lens)."""
+    width = -(-max(lens) // page_size)
+    order = torch.randperm(len(lens) * width, generator=torch.Generator().manual_seed(1)).int().reshape(-1, width)
+    caches = [torch.full((order.numel(), page_size, *x.shape[1:]), NAN, dtype=x.dtype) for x in (k, v)]
+    row = 0
+    for b, length in enumerate(lens):
+        for p in range(length):
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache[order[b, p // page_size], p % page_size] = x[row]
+            row += 1
+    return *caches, order, torch.tensor(lens, dtype=torch.int32)
+
+
+def _paged(q, pages, last, scale, window=0, sinks=None):
+    """The last ``last[b]`` queries of each sequence, packed in q."""
+    out = torch.empty(*q.shape[:2], pages[1].shape[3], dtype=q.dtype)
+    attention.attention_paged(q, *pages, torch.tensor(last, dtype=torch.int32), scale, window, sinks, out)
+    return out
+
+
+def _last_rows(lens, last):
+    """Where the last rows of packed sequences lie."""
+    ends = np.cumsum(lens)
+    return [row for end, n in zip(ends, last, strict=True) for row in range(end - n, end)]
+
+
+@pytest.fixture
+def attention_inputs():
+    cu = [0, 70, 70, 75, 80]
+    q, k, v = hashed(80, 4, 24, seed=1), hashed(80, 2, 24, seed=2), hashed(80, 2, 24, seed=3)
+    return q * 4, k, v, cu
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
+def test_attention(attention_inputs, causal, window):
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
+    expected, expected_lse = _reference_attention(q, k, v, cu, 0.2, causal, window)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+
+DIMS = [(40, 24, 2, 2), (80, 80, 2, 2), (96, 96, 4, 1), (128, 128, 16, 1), (192, 128, 2, 1), (256, 256, 2, 1)]
+
+
+@pytest.mark.parametrize(("dim", "v_dim", "heads", "kv_heads"), DIMS)
+def test_head_dims_with_sinks_and_a_window(dim, v_dim, heads, kv_heads):
+    """Forward, backward and pages at each pair of head dims; the gradient of the sinks is every profile's."""
+    cu, options = [0, 3, 20], {"scale": dim**-0.5, "window": 7, "sinks": hashed(heads, seed=4).float()}
+    q, k = hashed(20, heads, dim, seed=1) * 4, hashed(20, kv_heads, dim, seed=2)
+    v, dout = hashed(20, kv_heads, v_dim, seed=3), hashed(20, heads, v_dim, seed=5)
+    out, lse = _attention(q, k, v, cu, **options)
+    expected, expected_lse = _reference_attention(q, k, v, cu, **options)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+    *got, dsinks = _attention_gradients(q, k, v, cu, out, lse, dout, **options)
+    wanted = ref_attention.sink_gradient(f32(out), f32(lse), f32(dout), f32(options["sinks"]))
+    assert_same_bits(dsinks, wanted, "dsinks")
+    for a, b in itertools.pairwise(cu):
+        parts = [f32(x[a:b]) for x in (q, k, v, out, lse, dout)]
+        expected = ref_attention.attention_backward(*parts, scale=options["scale"], window=7)
+        for name, x, y in zip("qkv", got, expected, strict=True):
+            assert np.abs(f32(x[a:b]) - y).max() < 2.0**-7 * max(1, np.abs(y).max()), f"d{name}"
+
+    pages, last = _pages(k, v, [3, 17], 4), [1, 2]
+    rows = _last_rows([3, 17], last)
+    assert_same_bits(_paged(q[rows], pages, last, **options), out[rows], "paged")
+
+
+@pytest.mark.parametrize("window", [0, 150])
+def test_attention_merges_segments(short_segments, window):
+    q, k, v = hashed(300, 1, 16, seed=1) * 4, hashed(300, 1, 16, seed=2), hashed(300, 1, 16, seed=3)
+    sinks = hashed(1, seed=4).float()
+    out, lse = _attention(q, k, v, [0, 300], 0.3, window=window, sinks=sinks)
+    expected, expected_lse = _reference_attention(q, k, v, [0, 300], 0.3, window=window, sinks=sinks)
+    assert_same_bits(lse, expected_lse, "lse")
+    assert np.abs(f32(out) - expected).max() < 2.0**-7
+
+
+def _either_way(monkeypatch, call):
+    """call() with one program walking the keys, and with one for each segment."""
+    results = []
+    for split in (False, True):
+        chosen = []
+
+        def choose(*sizes, split=split, chosen=chosen):
+            chosen.append(SplitConfig(sizes[-1] if split else 1))
+            return chosen[-1]
+
+        monkeypatch.setattr(attention, "split_config", choose)
+        results.append(call())
+        assert (chosen[-1].segments > 1) == split, "the sequences have several segments"
+    return results
+
+
+@pytest.mark.parametrize(("window", "dim", "v_dim"), [(0, 24, 24), (140, 40, 24)])
+def test_split_decoding_equals_the_walk(short_segments, monkeypatch, window, dim, v_dim):
+    """Lengths around a segment and over several, one and three queries: the same bytes either way, and in prefill."""
+    lens, last = [SEGMENT - 1, SEGMENT, SEGMENT + 1, 3, 3 * SEGMENT + 5], [1, 1, 1, 3, 2]
+    rows = _last_rows(lens, last)
+    q, k = hashed(len(rows), 2, dim, seed=1) * 4, hashed(sum(lens), 1, dim, seed=2)
+    v, sinks = hashed(sum(lens), 1, v_dim, seed=3), hashed(2, seed=4).float()
+    pages, options = _pages(k, v, lens, 16), {"scale": 0.2, "window": window, "sinks": sinks}
+    walked, split = _either_way(monkeypatch, lambda: _paged(q, pages, last, **options))
+    assert_same_bits(split, walked, "split")
+    # prefill: the rows stand at the ends of whole sequences
+    whole = hashed(sum(lens), 2, dim, seed=5)
+    whole[rows] = q
+    out, _ = _attention(whole, k, v, [0, *np.cumsum(lens)], **options)
+    assert_same_bits(split, out[rows], "prefill")
+
+
+def test_both_ways_merge_in_ascending_order(short_segments, monkeypatch):
+    """Equal scores, so that states add up exactly: 2^30 - 2^30 + 3 is 3 in this order alone."""
+    n = 2 * SEGMENT + 64
+    k, v = torch.zeros(n, 1, 16, dtype=torch.bfloat16), torch.zeros(n, 1, 16, dtype=torch.bfloat16)
+    v[5], v[SEGMENT + 70], v[2 * SEGMENT + 9] = 2.0**30, -(2.0**30), 3.0
+    pages = _pages(k, v, [n], 32)
+    for out in _either_way(monkeypatch, lambda: _paged(k[:1], pages, [1], 1.0)):
+        assert_same_bits(out, np.full((1, 1, 16), arith.bf16(np.float32(3 / n))), "ascending")
+
+
+def test_split_is_chosen_for_decoding_that_leaves_processors_idle():
+    decode = {"tokens": 1, "heads": 32, "kv_heads": 8, "v_dim": 128, "sequences": 1, "segments": 32}
+    assert split_config(**decode) == SplitConfig(32)
+    assert split_config(**decode | {"tokens": 8, "sequences": 8}) == SplitConfig(32)
+    for other in (
+        {"segments": 1},
+        {"tokens": 512},  # prefill
+        {"tokens": 64, "sequences": 64},  # programs enough
+        {"tokens": 2, "heads": 64, "segments": 1 << 14},  # more scratch than allowed
+    ):
+        assert split_config(**decode | other) == SplitConfig(1), other
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_paged_attention_equals_packed(attention_inputs, page_size):
+    """The last queries of each sequence over scattered pages: the bytes of the whole sequence's."""
+    q, k, v, cu = attention_inputs
+    whole, _ = _attention(q, k, v, cu, 0.2)
+    lens, last = [70, 0, 5, 5], [3, 0, 1, 5]
+    rows, (k_cache, v_cache, order, lengths) = _last_rows(lens, last), _pages(k, v, lens, page_size)
+    assert_same_bits(_paged(q[rows], (k_cache, v_cache, order, lengths), last, 0.2), whole[rows], "paged")
+    with pytest.raises(RuntimeError, match="attention_paged"):
+        _paged(q[rows], (k_cache, v_cache, order + 1, lengths), last, 0.2)
+
+
+def test_attention_does_not_see_later_nan(attention_inputs):
+    q, k, v, cu = attention_inputs
+    clean, _ = _attention(q, k, v, cu, 0.2)
+    for spoilt in range(3):
+        inputs = [q.clone(), k.clone(), v.clone()]
+        inputs[spoilt][40], inputs[spoilt][60] = NAN, float("inf")
+        out, _ = _attention(*inputs, cu, 0.2)
+        others = [i for i in range(80) if (i not in (40, 60) if spoilt == 0 else (i < 40 or i >= 70))]
+        assert_same_bits(out[others], clean[others], "row that does not see it")
+        assert out[40].isnan().all()
+        assert spoilt == 0 or out[40:70].isnan().all()
+
+
+def test_scores_without_a_finite_maximum_are_nan_beside_a_sink_too():
+    """As on the CPU: no key of row 1 has a score above -inf, and a sink does not hide it."""
+    q = torch.full((2, 1, 16), 2.0**120).bfloat16()
+    q[0] = 1.0
+    out, lse = _attention(q, -q[[1, 1]], q, [0, 2], 1.0, sinks=torch.zeros(1))
+    _, expected = _reference_attention(q, -q[[1, 1]], q, [0, 2], 1.0, sinks=torch.zeros(1))
+    assert_same_bits(lse, expected, "lse")
+    assert lse[1].isnan().all()
+    assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (False, 0), (True, 9)])
+def test_attention_backward(attention_inputs, causal, window):
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2, causal, window)
+    dout = hashed(*q.shape, seed=4)
+    got = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2, causal, window)
+    for a, b in itertools.pairwise(cu):
+        if b > a:
+            parts = [f32(x[a:b]) for x in (q, k, v, out, lse, dout)]
+            expected = ref_attention.attention_backward(*parts, scale=0.2, causal=causal, window=window)
+            for name, x, y in zip("qkv", got, expected, strict=True):
+                assert np.abs(f32(x[a:b]) - y).max() < 2.0**-7 * max(1, np.abs(y).max()), f"d{name}"
+
+
+def test_keys_get_their_gradient_from_the_last_query_whose_window_holds_them():
+    """Window 2: query 64, the first of its tile, is the last to see key 63, the last of its block."""
+    q, k, v, dout = (hashed(66, 1, 16, seed=seed) for seed in (1, 2, 3, 4))
+    out, lse = _attention(q, k, v, [0, 66], 0.2, window=2)
+    got = _attention_gradients(q, k, v, [0, 66], out, lse, dout, 0.2, window=2)
+    parts = [f32(x) for x in (q, k, v, out, lse, dout)]
+    for x, y in zip(got, ref_attention.attention_backward(*parts, scale=0.2, window=2), strict=True):
+        assert np.abs(f32(x) - y).max() < 2.0**-7 * max(1, np.abs(y).max())
+
+
+def test_attention_backward_equals_reference_where_rounding_is_exact():
+    """One key: p = 1 and ds = 0, so the order over (query, head) decides every bit of dv."""
+    q, k, v = hashed(40, 4, 16, seed=1), hashed(40, 1, 16, seed=2), hashed(40, 1, 16, seed=3)
+    out, lse = _attention(q, k, v, [0, 40], 0.2, window=1)
+    dout = hashed(40, 4, 16, seed=4, kind="wide")
+    _, _, dv = _attention_gradients(q, k, v, [0, 40], out, lse, dout, 0.2, window=1)
+    pairs = [arith.chain(np.ones((1, 4), dtype=np.float32), f32(dout[t])) for t in range(40)]
+    assert_same_bits(dv, arith.bf16(np.stack(pairs)), "dv")
+
+
+def test_attention_backward_beside_nan(attention_inputs):
+    """Sequences that do not hold the NaN keep their gradients, and so do queries before a spoilt key."""
+    q, k, v, cu = attention_inputs
+    out, lse = _attention(q, k, v, cu, 0.2)
+    dout = hashed(*q.shape, seed=4)
+    clean = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2)
+    for spoilt in range(4):
+        inputs = [q.clone(), k.clone(), v.clone(), dout.clone()]
+        inputs[spoilt][40] = NAN
+        q2, k2, v2, dout2 = inputs
+        out, lse = _attention(q2, k2, v2, cu, 0.2)
+        dq, dk, dv = _attention_gradients(q2, k2, v2, cu, out, lse, dout2, 0.2)
+        for got, expected in zip((dq, dk, dv), clean, strict=True):
+            assert_same_bits(got[70:], expected[70:], "other sequences")
+        assert_same_bits(dq[:40], clean[0][:40], "earlier queries")
+        if spoilt in (0, 3):
+            # a query's NaN reaches the keys it sees, none behind it
+            assert_same_bits(dk[41:], clean[1][41:], "later keys")
+            assert dv[:41].isnan().all()
