@@ -39,6 +39,7 @@ class Fault(enum.StrEnum):
 class Family(enum.StrEnum):
     llama = "llama"
     qwen3 = "qwen3"
+    qwen3_moe = "qwen3_moe"
 
 
 @app.command()

@@ -13,10 +13,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(family: Literal["llama", "qwen3"], out: Path, *, seed: int) -> None:
+def make(family: Literal["llama", "qwen3", "qwen3_moe"], out: Path, *, seed: int) -> None:
     """Fill the existing folder `out` with config, bf16 weights and a byte-level tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     shape = {
         "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -27,6 +27,11 @@ def make(family: Literal["llama", "qwen3"], out: Path, *, seed: int) -> None:
     }  # fmt: skip
     if family == "llama":
         config = LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=False, rope_theta=10000.0, **shape)
+    elif family == "qwen3_moe":
+        config = Qwen3MoeConfig(
+            architectures=["Qwen3MoeForCausalLM"], tie_word_embeddings=False, rope_theta=1e6, num_experts=8,
+            num_experts_per_tok=3, moe_intermediate_size=96, norm_topk_prob=True, decoder_sparse_step=1, **shape,
+        )  # fmt: skip
     else:
         config = Qwen3Config(architectures=["Qwen3ForCausalLM"], tie_word_embeddings=True, rope_theta=1e6, **shape)
     with torch.random.fork_rng(devices=[]):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zerokl.alignment.routing import Router, RoutingError, router_of
+
 # Architecture -> whether query and key heads are normalised.
-ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
+ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True, "Qwen3MoeForCausalLM": True}
 
 
 class ModelError(ValueError):
@@ -16,8 +18,16 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """The sparse layers: their router, and the width of one expert."""
+
+    router: Router
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of a dense decoder. Names follow Hugging Face's ``config.json``."""
+    """Sizes and constants of a decoder. Names follow Hugging Face's ``config.json``; ``moe`` None: a dense model."""
 
     architecture: str
     vocab_size: int
@@ -31,6 +41,11 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    moe: MoeConfig | None = None
+
+    def moe_at(self, layer: int) -> MoeConfig | None:
+        """What layer ``layer`` (from 0) computes its experts by; None: it has a dense MLP."""
+        return self.moe if self.moe is not None and layer >= self.moe.router.first_layer else None
 
     @property
     def qk_norm(self) -> bool:
@@ -73,6 +88,7 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         rms_norm_eps=_positive(raw.get("rms_norm_eps"), "rms_norm_eps", path),
         rope_theta=_positive(_rope(raw, path), "rope_theta", path),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        moe=_moe(raw, path),
     )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ModelError(
@@ -80,6 +96,14 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
             f"{config.num_key_value_heads} key-value heads; correct num_key_value_heads"
         )
     return config
+
+
+def _moe(raw: dict[str, Any], path: Path) -> MoeConfig | None:
+    try:
+        router = router_of(raw)
+    except RoutingError as error:
+        raise ModelError(f"{path}: {error}; use another model") from error
+    return None if router is None else MoeConfig(router, _size(raw, "moe_intermediate_size", path))
 
 
 def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:

@@ -22,10 +22,11 @@ from zerokl.alignment.megatron.core import (
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
 )
-from zerokl.alignment.megatron.model_config import ModelConfig
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.megatron.optimizer import OptimizerSettings, build_optimizer
 from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
+from zerokl.alignment.routing_replay import Mode, Replay
 from zerokl.alignment.types import PackedBatch
 
 LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
@@ -63,6 +64,8 @@ class MegatronPolicy:
 
     ``optimizer`` None gives a policy that scores only. ``stock`` runs Megatron's own layers instead of
     `zerokl.kernels`, for control measurements. ``recompute`` trades time for activation memory, with the same bits.
+    ``replay`` other than off makes the sparse layers follow the batches' routing records; with `check`, the tokens that
+    they would have routed otherwise add up in ``differing_tokens``.
     Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
     """
 
@@ -73,6 +76,7 @@ class MegatronPolicy:
         optimizer: OptimizerSettings | None = None,
         stock: bool = False,
         recompute: bool = False,
+        replay: Mode = "off",
         threads: int | None = None,
     ) -> None:
         if threads is not None:
@@ -82,6 +86,10 @@ class MegatronPolicy:
         self.settings = optimizer
         self.step = 0
         self.stock = stock
+        self.recompute = recompute
+        self.replay = replay
+        self.differing_tokens = 0
+        _check_moe(self.config, stock, replay)
         weights = read_hf_weights(model_dir, self.config)
         distributed.initialise()
         if stock:
@@ -106,7 +114,13 @@ class MegatronPolicy:
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """fp32 [n]: the log-probability of every target, by the training forward, with gradients on."""
         self._check(batch)
-        return self._scorer(batch)
+        replay = self._replay(batch)
+        if replay is None:
+            return self._scorer(batch)
+        logprobs = self._scorer(batch, replay)
+        replay.finish(1)
+        self.differing_tokens += replay.differing_tokens
+        return logprobs
 
     def train_step(self, microbatches: Sequence[PackedBatch], loss_fn: LossFunction) -> StepResult:
         """One optimizer step on the sum of ``loss_fn(logprobs, index)`` over the microbatches.
@@ -122,7 +136,8 @@ class MegatronPolicy:
         optimizer.zero_grad()
         total, scored = 0.0, []
         for index, batch in enumerate(microbatches):
-            logprobs = ddp(batch)
+            replay = self._replay(batch)
+            logprobs = ddp(batch) if replay is None else ddp(batch, replay)
             loss = loss_fn(logprobs, index)
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -130,6 +145,9 @@ class MegatronPolicy:
                     f"the loss of microbatch {index} is {value}; weights are unchanged. Drop the sample that causes it"
                 )
             loss.backward()
+            if replay is not None:
+                replay.finish(2 if self.recompute else 1)
+                self.differing_tokens += replay.differing_tokens
             total += value
             scored.append(logprobs.detach())
         finalize_model_grads([ddp])
@@ -227,6 +245,7 @@ class MegatronPolicy:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "model": asdict(self.config),
+            "routing_replay": self.replay,
             "parallel": {"tensor": 1, "pipeline": 1, "context": 1, "data": 1},
             "row_parallel_segments": 1,
         }
@@ -241,6 +260,12 @@ class MegatronPolicy:
         assert self.settings is not None
         return self.settings
 
+    def _replay(self, batch: PackedBatch) -> Replay | None:
+        if self.replay == "off" or self.config.moe is None:
+            return None
+        router, tokens = self.config.moe.router, batch.tokens.numel()
+        return Replay(batch.routed_experts, router, tokens, check=self.replay == "check")
+
     def _check(self, batch: PackedBatch) -> None:
         """Refuse what no kernel would notice: nothing to score, or a sequence beyond the rotary table."""
         if batch.rows.numel() == 0:
@@ -251,6 +276,13 @@ class MegatronPolicy:
                 f"a sequence of {longest} tokens exceeds the model's {self.config.max_position_embeddings}: "
                 "shorten the prompt or max_new_tokens"
             )
+
+
+def _check_moe(config: ModelConfig, stock: bool, replay: Mode) -> None:
+    if replay != "off" and config.moe is None:
+        raise ModelError(f"routing replay {replay!r}: {config.architecture} is dense, it routes nothing; set it to off")
+    if stock and config.moe is not None:
+        raise ModelError("stock layers of mixture-of-experts models are not supported; run them with zerokl's kernels")
 
 
 def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
