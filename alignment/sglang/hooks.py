@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -24,13 +31,16 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.runtime_context import get_parallel
 
 from zerokl import kernels
-from zerokl.alignment.sglang import sampling
+from zerokl.alignment.routing import Router, router_of
+from zerokl.alignment.sglang import moe_hooks, sampling
 from zerokl.alignment.sglang.config import ARCHITECTURES, DISABLED_HOOKS_KEY
 from zerokl.alignment.sglang.errors import UnsupportedError
 
 CONTAINERS = {
     "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
     "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",
+    "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeAttention", "Qwen3MoeSparseMoeBlock",
+    "UnquantizedFusedMoEMethod",  # a child of the experts, whose forward is bound
     "ModuleList", "Pooler",
 }  # fmt: skip
 """Module types that compute nothing themselves on the path from token ids to log-probabilities."""
@@ -60,6 +70,7 @@ class Binding:
     """All hooks of one engine, with the attention backend and the sampler that run beside them."""
 
     architecture: str
+    layers: int
     hooks: dict[str, Hook]
     backend: Any
     sampler: Any
@@ -77,8 +88,7 @@ class Binding:
             }
             for hook in self.hooks.values()
         ]
-        layers = self.hooks["silu_and_mul"].per_forward
-        rows.append(_built("attention", "attention_paged", layers, self.backend.calls))
+        rows.append(_built("attention", "attention_paged", self.layers, self.backend.calls))
         rows.append(_built("sample", "sample", 1, self.sampler.calls))
         return {"architecture": self.architecture, "forwards": self.backend.forwards, "hooks": rows}
 
@@ -96,7 +106,8 @@ def bind(runner: Any, backend: Any) -> Binding:
     _check_layout(runner)
     config = model.config
     runner.sampler = sampling.create()
-    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, architecture)}
+    router = router_of(config.to_dict() | {"architectures": [architecture]})
+    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, architecture, router)}
     disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
         if type(module) not in _BINDERS:
@@ -106,19 +117,26 @@ def bind(runner: Any, backend: Any) -> Binding:
         bind_module, names = _BINDERS[type(module)]
         if disabled.isdisjoint(names):
             bind_module(name, module, *(table[key] for key in names))
-    return Binding(architecture, table, backend, runner.sampler)
+    return Binding(architecture, config.num_hidden_layers, table, backend, runner.sampler)
 
 
-def _expected(layers: int, architecture: str) -> Iterator[Hook]:
+def _expected(layers: int, architecture: str, router: Router | None) -> Iterator[Hook]:
     """The hooks and how often one forward pass must call each."""
-    head_norms = 2 * layers if architecture == "Qwen3ForCausalLM" else 0
+    head_norms = 0 if architecture == "LlamaForCausalLM" else 2 * layers
+    sparse = 0 if router is None else router.sparse_layers
     yield Hook("embedding", "embedding", 1)
-    yield Hook("linear", "linear", 4 * layers)
+    yield Hook("linear", "linear", 2 * layers + 2 * (layers - sparse))
     yield Hook("rms_norm", "rms_norm", 1 + head_norms)
     yield Hook("add_rms_norm", "rms_norm", 2 * layers)
     yield Hook("rotary", "rotary", layers)
     yield Hook("silu_and_mul", "silu_and_mul", layers)
     yield Hook("lm_head", "linear", 1)
+    if sparse:
+        yield Hook("router_gate", "linear", sparse)
+        yield Hook("router_topk", "router_topk", sparse)
+        yield Hook("moe_permute", "moe_permute", sparse)
+        yield Hook("grouped_linear", "grouped_linear", 2 * sparse)
+        yield Hook("moe_combine", "moe_combine", sparse)
 
 
 def _check_layout(runner: Any) -> None:
@@ -251,5 +269,8 @@ _BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
     SiluAndMul: (_bind_silu, ("silu_and_mul",)),
     RadixAttention: (_check_attention, ()),
     LogitsProcessor: (_bind_logits, ("lm_head",)),
+    ReplicatedLinear: (moe_hooks.bind_gate, ("router_gate",)),
+    TopK: (moe_hooks.bind_topk, ("router_topk",)),
+    FusedMoE: (moe_hooks.bind_experts, ("moe_permute", "grouped_linear", "silu_and_mul", "moe_combine")),
 }
 """For each module type: what binds it, and the hooks it is bound to."""
