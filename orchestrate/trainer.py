@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """One optimizer step: loss, gradient norm before clipping, and the log-probabilities (fp32 [n]) of every sample."""
+    """One optimizer step: loss, gradient norm before clipping, and the log-probabilities (fp32 [n]) of every sample;
+    ``differing_routes``: tokens whose experts the trainer would choose otherwise (with routing replay `check`)."""
 
     loss: float
     grad_norm: float
     logprobs: list[np.ndarray]
+    differing_routes: int = 0
 
 
 class Trainer:
@@ -48,6 +50,7 @@ class Trainer:
             optimizer=None if stock else _optimizer(train),
             stock=stock,
             recompute=train.recompute,
+            replay="off" if stock else train.routing_replay,
             threads=train.threads,
         )
         self.train = train
@@ -59,7 +62,9 @@ class Trainer:
 
         from zerokl.alignment.types import PackedBatch
         from zerokl.orchestrate.algorithms import grpo
+        from zerokl.orchestrate.scoring import check_routing
 
+        check_routing(self.policy, samples)
         batches = microbatches(samples, self.train.microbatch_tokens)
         packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch])) for batch in batches]
         old = [_concatenated([samples[i].generation.logprobs for i in batch]) for batch in batches]
@@ -81,7 +86,7 @@ class Trainer:
         scored = [
             part for batch, lp in zip(batches, result.logprobs, strict=True) for part in _split(samples, batch, lp)
         ]
-        return TrainReport(result.loss, result.grad_norm, scored)
+        return TrainReport(result.loss, result.grad_norm, scored, result.differing_tokens)
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probabilities of every sample by the training forward (gradients on), without an update."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from zerokl.alignment.megatron.model_config import ModelError
+from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import compare
@@ -35,7 +36,8 @@ _GENERATE_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The command's options; ``stock``: the engines' own kernels, ``inject``: one planted fault."""
+    """The command's options; ``stock``: the engines' own kernels, ``replay``: see `alignment.routing_replay`,
+    ``inject``: one planted fault."""
 
     model: str
     prompts: Path | None = None
@@ -44,6 +46,7 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     stock: bool = False
+    replay: Mode = "off"
     inject: Literal["ulp", "nan", "weight-bit"] | None = None
 
 
@@ -63,7 +66,7 @@ def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
 def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     folder, requests = _requests(settings)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = _start(folder, requests, settings.stock)
+    engine, policy = _start(folder, requests, settings)
     with engine:
         if settings.inject == "weight-bit":
             _flip_a_weight_bit(engine)
@@ -72,6 +75,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         engine_manifest = engine.manifest()
     say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
     scored, observed = score(policy, requests, generations), manifest.Observed()
+    differing = policy.differing_tokens
     with observed:  # once more for one request, to see which ops its forward runs
         score(policy, requests[:1], generations[:1])
     if settings.inject in ("ulp", "nan"):
@@ -79,8 +83,9 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     found = compare(generations, scored)
     engine_digest, trainer_digest = (_one_digest(side) for side in digests)
     return {
-        "equal": found.equal and engine_digest == trainer_digest,
+        "equal": found.equal and engine_digest == trainer_digest and differing == 0,
         **found.to_json(),
+        "routing": {"replay": settings.replay, "differing_tokens": differing if settings.replay == "check" else None},
         "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
         "requests": len(requests),
         "longest_prompt": max(len(r.input_ids) for r in requests),
@@ -101,6 +106,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"KL k1, k2, k3     {kl['k1']}, {kl['k2']}, {kl['k3']}",
         f"weights           engine {result['weights_digest']['engine']}, trainer {result['weights_digest']['trainer']}",
     ]
+    if result["routing"]["differing_tokens"] is not None:
+        out.append(f"routed otherwise  {result['routing']['differing_tokens']} tokens")
     if first:
         out.append(
             f"first mismatch    request {first['request']}, generated token {first['position']} (id {first['token']}): "
@@ -144,7 +151,7 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
     ]
 
 
-def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[RolloutEngine, MegatronPolicy]:
+def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tuple[RolloutEngine, MegatronPolicy]:
     """The engine (a child process) and the policy (here), started side by side."""
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
@@ -152,7 +159,8 @@ def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[Roll
     longest = max(len(r.input_ids) + r.sampling.max_new_tokens for r in requests)
     config = EngineConfig(
         model_path=str(folder),
-        stock=stock,
+        stock=settings.stock,
+        capture_experts=settings.replay != "off",
         context_length=longest,
         max_total_tokens=max(16384, 2 * longest),
         chunked_prefill_size=CHUNK,
@@ -161,7 +169,7 @@ def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[Roll
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=_START_TIMEOUT_S)
         try:
-            policy = MegatronPolicy(folder, stock=stock, threads=cores(None))
+            policy = MegatronPolicy(folder, stock=settings.stock, replay=settings.replay, threads=cores(None))
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()

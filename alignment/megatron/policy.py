@@ -52,11 +52,13 @@ _MODEL_FILES = frozenset(
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: the summed loss, the gradient norm before clipping, and per microbatch the log-probabilities
-    (fp32 [n], detached) that this very forward computed, before the update."""
+    (fp32 [n], detached) that this very forward computed, before the update; ``differing_tokens``: see MegatronPolicy.
+    """
 
     loss: float
     grad_norm: float
     logprobs: list[torch.Tensor]
+    differing_tokens: int = 0
 
 
 class MegatronPolicy:
@@ -65,7 +67,7 @@ class MegatronPolicy:
     ``optimizer`` None gives a policy that scores only. ``stock`` runs Megatron's own layers instead of
     `zerokl.kernels`, for control measurements. ``recompute`` trades time for activation memory, with the same bits.
     ``replay`` other than off makes the sparse layers follow the batches' routing records; with `check`, the tokens that
-    they would have routed otherwise add up in ``differing_tokens``.
+    they would have routed otherwise (in any layer) add up in ``differing_tokens``.
     Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
     """
 
@@ -134,7 +136,7 @@ class MegatronPolicy:
             self._check(batch)
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        total, scored = 0.0, []
+        total, scored, differing = 0.0, [], 0
         for index, batch in enumerate(microbatches):
             replay = self._replay(batch)
             logprobs = ddp(batch) if replay is None else ddp(batch, replay)
@@ -147,13 +149,14 @@ class MegatronPolicy:
             loss.backward()
             if replay is not None:
                 replay.finish(2 if self.recompute else 1)
-                self.differing_tokens += replay.differing_tokens
+                differing += replay.differing_tokens
             total += value
             scored.append(logprobs.detach())
         finalize_model_grads([ddp])
         grad_norm = self._update(optimizer)
         self.step += 1
-        return StepResult(total, grad_norm, scored)
+        self.differing_tokens += differing
+        return StepResult(total, grad_norm, scored, differing)
 
     def _update(self, optimizer: Any) -> float:
         """Megatron's optimizer step, stopped before the update if the gradient norm is not finite."""
