@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 class RoutingError(ValueError):
@@ -22,7 +22,7 @@ class Router:
     top_k: int
     first_layer: int
     layers: int
-    scoring: str = "softmax"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = True
     scale: float = 1.0
     bias: bool = False

@@ -36,7 +36,7 @@ def pack(captured: np.ndarray, router: Router, tokens: int, sample: str) -> np.n
     if captured.size != int(np.prod(shape)):
         raise RoutingError(f"{sample}: {captured.size} expert indices were captured, {shape} are needed")
     sparse = captured.reshape(shape)[:, router.first_layer :]
-    if sparse.size and not (0 <= int(sparse.min()) and int(sparse.max()) < router.experts):
+    if sparse.size and (int(sparse.min()) < 0 or int(sparse.max()) >= router.experts):
         raise RoutingError(f"{sample}: captured experts lie outside 0 to {router.experts - 1}: some were not recorded")
     record = np.ascontiguousarray(sparse, dtype=record_dtype(router))
     check_record(record, router, tokens, sample)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zerokl.alignment.megatron import convert_moe
-from zerokl.alignment.megatron.model_config import MoeConfig, ModelConfig, ModelError
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError, MoeConfig
 
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

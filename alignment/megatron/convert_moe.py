@@ -26,9 +26,7 @@ def hf_shapes(moe: MoeConfig, hidden: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def to_megatron(
-    moe: MoeConfig, source: str, target: str, hf: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def to_megatron(moe: MoeConfig, source: str, target: str, hf: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One sparse layer's parameters below the prefix ``target`` from Hugging Face's below ``source``."""
     experts = range(moe.router.experts)
 

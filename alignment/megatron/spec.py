@@ -25,7 +25,6 @@ from zerokl.alignment.megatron.core import (
     get_gpt_layer_local_spec,
 )
 from zerokl.alignment.megatron.model_config import ModelConfig
-from zerokl.alignment.megatron.moe import MoE, MoELayer, MoeTransformerConfig
 from zerokl.alignment.megatron.modules import (
     ColumnLinear,
     CoreAttention,
@@ -35,6 +34,7 @@ from zerokl.alignment.megatron.modules import (
     SwiGLU,
     residual_add,
 )
+from zerokl.alignment.megatron.moe import MoE, MoELayer, MoeTransformerConfig
 
 
 def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bool = False) -> TransformerConfig:

@@ -77,7 +77,9 @@ class RolloutEngine:
         check_requests(requests, self.config, self._model)
         message = protocol.Generate(tuple(requests))
         reply = self._ask(message, protocol.Generated, timeout_s, f"{len(requests)} generations")
-        return [self._generation(index, *pair) for index, pair in enumerate(zip(requests, reply.generations, strict=True))]
+        return [
+            self._generation(index, *pair) for index, pair in enumerate(zip(requests, reply.generations, strict=True))
+        ]
 
     def load_weights(self, manifest: str, *, version: str, timeout_s: float) -> dict[str, str]:
         """Load the weights a shared-memory manifest (JSON) describes, flush the cache and record the version.

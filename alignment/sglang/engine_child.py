@@ -188,9 +188,7 @@ def _require(call: str, outcome: tuple[bool, str]) -> None:
         raise EngineError(f"SGLang refused {call}: {message}")
 
 
-async def _generate(
-    engine: Any, requests: Sequence[Request], capture: Router | None
-) -> tuple[protocol.Tokens, ...]:
+async def _generate(engine: Any, requests: Sequence[Request], capture: Router | None) -> tuple[protocol.Tokens, ...]:
     """Submit every request at its arrival time; the results come in the order of the requests.
 
     ``capture``: the router whose choices come with the results.

@@ -54,9 +54,7 @@ def bind_topk(name: str, module: Any, hook: Hook) -> None:
         if any(value is not None for value in named.values()):
             raise UnsupportedError(f"module {name}: top-k arguments {sorted(named)} are not supported")
         hook.calls += 1
-        routing = kernels.router_topk(
-            router_logits, config.top_k, scoring="softmax", renormalize=config.renormalize
-        )
+        routing = kernels.router_topk(router_logits, config.top_k, scoring="softmax", renormalize=config.renormalize)
         capture_routed_experts_if_allowed(config, module.layer_id, routing.indices)
         return StandardTopKOutput(routing.weights, routing.indices, router_logits)
 

@@ -1,10 +1,10 @@
 """The `sglang.srt.plugins` entry point.
 
 SGLang runs `register` in each of its processes, in every engine on the machine. It makes the name ``zerokl`` known as
-an attention backend and patches nothing, but for one function that cannot work where CUDA is absent. An engine started with ``attention_backend="zerokl"`` builds that
-backend in its scheduler process once the weights are loaded, and building it binds that one model, its sampler
-included, to `zerokl.kernels` (see `hooks`). This server argument is the only switch: it reaches every process of the
-engine with SGLang's own configuration.
+an attention backend and patches nothing, but for one function that cannot work where CUDA is absent. An engine started
+with ``attention_backend="zerokl"`` builds that backend in its scheduler process once the weights are loaded, and
+building it binds that one model, its sampler included, to `zerokl.kernels` (see `hooks`). This server argument is the
+only switch: it reaches every process of the engine with SGLang's own configuration.
 """
 
 from __future__ import annotations

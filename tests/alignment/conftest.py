@@ -45,8 +45,14 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
         "llama": _make("LlamaConfig", root / "llama", head_dim=32, tie_word_embeddings=False, rope_theta=1e5),
         "qwen3-tied": _make("Qwen3Config", root / "qwen3-tied", head_dim=64, tie_word_embeddings=True),
         "qwen3-moe": _make(
-            "Qwen3MoeConfig", root / "qwen3-moe", head_dim=32, tie_word_embeddings=False,
-            num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True,
+            "Qwen3MoeConfig",
+            root / "qwen3-moe",
+            head_dim=32,
+            tie_word_embeddings=False,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
         ),
         "qwen3": _make("Qwen3Config", root / "qwen3", head_dim=64, tie_word_embeddings=False),
     }

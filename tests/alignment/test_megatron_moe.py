@@ -92,7 +92,6 @@ def test_the_live_choice_is_the_models_almost_everywhere(policy, reference, make
     sparse = policy(replay="check")
     batch = pack(pairs)
     sparse.logprobs(batch)
-    assert 0 < batch.tokens.numel() - sparse.differing_tokens
     assert sparse.differing_tokens < batch.tokens.numel() // 4
 
 

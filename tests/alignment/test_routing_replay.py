@@ -37,7 +37,7 @@ def test_a_record_keeps_the_sparse_layers_in_few_bytes(experts, width):
         (lambda c: c[:-1], r"request 7: 36 expert indices were captured, \(5, 3, 3\) are needed"),
         (lambda c: np.where(c == c.max(), -1, c), "request 7: captured experts lie outside 0 to 7"),
         (lambda c: np.where(c == 7, 8, c), "request 7: captured experts lie outside 0 to 7"),
-        (lambda c: np.zeros_like(c), "request 7: the routing record names one expert twice"),
+        (np.zeros_like, "request 7: the routing record names one expert twice"),
     ],
 )
 def test_a_capture_that_is_not_whole(change, message):
