@@ -40,12 +40,18 @@ class Fault(enum.StrEnum):
     ulp = "ulp"
     nan = "nan"
     weight_bit = "weight-bit"
+    routing_slots = "routing-slots"
+    tie_break = "tie-break"
+    combine_order = "combine-order"
+    stale_bias = "stale-bias"
+    replay_shift = "replay-shift"
 
 
 class Family(enum.StrEnum):
     llama = "llama"
     qwen3 = "qwen3"
     qwen3_moe = "qwen3_moe"
+    glm4_moe = "glm4_moe"
 
 
 @app.command()

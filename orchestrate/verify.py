@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from zerokl.alignment.megatron.model_config import ModelError
 from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import compare
-from zerokl.orchestrate import builtin_prompts, manifest, models
+from zerokl.orchestrate import builtin_prompts, faults, manifest, models
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.data import read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
@@ -47,7 +45,7 @@ class Settings:
     seed: int = 0
     stock: bool = False
     replay: Mode = "off"
-    inject: Literal["ulp", "nan", "weight-bit"] | None = None
+    inject: faults.Fault | None = None
 
 
 def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -68,18 +66,17 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
     engine, policy = _start(folder, requests, settings)
     with engine:
-        if settings.inject == "weight-bit":
-            _flip_a_weight_bit(engine)
+        faults.plant(settings.inject, engine, policy)
         generations = engine.generate(requests, timeout_s=_GENERATE_TIMEOUT_S)
         digests = engine.weights_digest(timeout_s=_START_TIMEOUT_S), policy.weights_digest()
         engine_manifest = engine.manifest()
     say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
+    generations = faults.damage_records(settings.inject, generations)
     scored, observed = score(policy, requests, generations), manifest.Observed()
     differing = policy.differing_tokens
     with observed:  # once more for one request, to see which ops its forward runs
         score(policy, requests[:1], generations[:1])
-    if settings.inject in ("ulp", "nan"):
-        _damage(scored, settings.inject)
+    faults.damage_scores(settings.inject, scored)
     found = compare(generations, scored)
     engine_digest, trainer_digest = (_one_digest(side) for side in digests)
     return {
@@ -122,6 +119,7 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
                         "temperature: finite, at least 0; top-p: above 0, at most 1")  # fmt: skip
     folder = models.resolve(settings.model)
     config = models.check(folder)
+    faults.check(settings.inject, config, settings.replay)
     tokenizer = Tokenizer(folder, config.vocab_size)
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
@@ -175,20 +173,6 @@ def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tup
                 starting.result().close()
             raise
         return starting.result(), policy
-
-
-def _flip_a_weight_bit(engine: RolloutEngine) -> None:
-    """The lowest mantissa bit of one element of one weight: the smallest fault a transfer could leave."""
-    name = min(engine.weights_digest(timeout_s=_START_TIMEOUT_S))
-    engine.flip_weight_bit(name, 0, 0)
-
-
-def _damage(scored: list[np.ndarray], fault: str) -> None:
-    """Change one log-probability in the middle: by one unit in the last place, or to NaN."""
-    where = len(scored) // 2
-    values = scored[where].copy()
-    values[-1] = np.nan if fault == "nan" else np.nextafter(values[-1], np.float32(-np.inf))
-    scored[where] = values
 
 
 def _one_digest(side: dict[str, str]) -> str:

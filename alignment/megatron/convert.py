@@ -7,7 +7,7 @@ its value head; ``linear_fc1`` holds all gate rows and then all up rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ def read_hf_weights(model_dir: str | Path, config: ModelConfig) -> dict[str, tor
         tensors |= read_safetensors(path)
     if config.tie_word_embeddings and _HEAD in tensors:
         _drop_tied_head(tensors, model_dir)
-    check_tensors(tensors, hf_shapes(config), torch.bfloat16, f"weights in {model_dir}")
+    check_tensors(tensors, hf_shapes(config), hf_dtype, f"weights in {model_dir}")
     return tensors
 
 
@@ -79,8 +79,16 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
 
 
+def hf_dtype(name: str) -> torch.dtype:
+    """What a tensor of a Hugging Face checkpoint is stored in: all are bf16 but the routers' selection biases."""
+    return torch.float32 if name.endswith(convert_moe.BIAS) else torch.bfloat16
+
+
 def check_tensors(
-    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, what: str
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Callable[[str], torch.dtype],
+    what: str,
 ) -> None:
     """Raise ModelError listing every difference between ``tensors`` and what ``shapes`` and ``dtype`` ask for."""
     problems = [f"missing {name}" for name in shapes if name not in tensors]
@@ -89,11 +97,11 @@ def check_tensors(
         tensor = tensors[name]
         if tuple(tensor.shape) != tuple(shapes[name]):
             problems.append(f"{name} has shape {tuple(tensor.shape)}, needs {tuple(shapes[name])}")
-        if tensor.dtype != dtype:
-            problems.append(f"{name} is {tensor.dtype}, needs {dtype}")
+        if tensor.dtype != dtype(name):
+            problems.append(f"{name} is {tensor.dtype}, needs {dtype(name)}")
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(f"{what}: {shown}. They must match config.json: use weights of the same model in {dtype}")
+        raise ModelError(f"{what}: {shown}. They must match config.json: use weights of the same model in these types")
 
 
 def hf_to_megatron(config: ModelConfig, hf: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -37,6 +37,31 @@ class Weight(torch.nn.Module):
         config.init_method(self.weight.data)
 
 
+class RouterWeight(Weight):
+    """The router's matrix [E, H], and the selection bias fp32 [E] where the model has one."""
+
+    expert_bias: torch.Tensor | None
+
+    def __init__(self, config: MoeTransformerConfig) -> None:
+        experts = config.moe.router.experts
+        super().__init__(config, experts, config.hidden_size)
+        bias = torch.full((experts,), float("nan"), dtype=torch.float32) if config.moe.router.bias else None
+        self.register_buffer("expert_bias", bias)
+
+
+class SharedExperts(torch.nn.Module):
+    """SwiGLU that every token passes: fc1 [2 F, H], fc2 [H, F]."""
+
+    def __init__(self, config: MoeTransformerConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = Weight(config, 2 * config.moe.shared_size, config.hidden_size)
+        self.linear_fc2 = Weight(config, config.hidden_size, config.moe.shared_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """bf16 [T, H] -> the same shape."""
+        return kernels.linear(kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight)), self.linear_fc2.weight)
+
+
 class Experts(torch.nn.Module):
     """SwiGLU experts: fc1 [E, 2 F, H] (gate rows, then up rows), fc2 [E, H, F]."""
 
@@ -58,8 +83,10 @@ class MoE(MegatronModule):
     def __init__(self, config: MoeTransformerConfig, **_unused: Any) -> None:
         super().__init__(config=config)
         self.rules = config.moe.router
-        self.router = Weight(config, self.rules.experts, config.hidden_size)
+        self.groups = kernels.Groups(self.rules.groups, self.rules.keep_groups)
+        self.router = RouterWeight(config)
         self.experts = Experts(config)
+        self.shared_experts = SharedExperts(config) if config.moe.shared_size else None
         self.layer = -1
         self.replay: Replay | None = None
 
@@ -75,22 +102,26 @@ class MoE(MegatronModule):
         routing = self.route(kernels.linear(x, self.router.weight, out_dtype=torch.float32))
         rows, permutation = kernels.moe_permute(x, routing.indices, self.rules.experts)
         y = self.experts(rows, permutation.offsets)
-        return kernels.moe_combine(y, permutation, routing.weights).view_as(hidden_states), None
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        return kernels.moe_combine(y, permutation, routing.weights, shared=shared).view_as(hidden_states), None
 
     def route(self, logits: torch.Tensor) -> kernels.Routing:
         """The experts of every token: replayed where there is a replay, else chosen; weights by the live ``logits``."""
         if self.replay is None:
-            return self._topk(logits)
+            return self.topk(logits)
         if self.replay.check:
-            self.replay.compare(self.layer, self._topk(logits.detach()).indices)
-        return self._topk(logits, self.replay.take(self.layer))
+            self.replay.compare(self.layer, self.topk(logits.detach()).indices)
+        return self.topk(logits, self.replay.take(self.layer))
 
-    def _topk(self, logits: torch.Tensor, replay: torch.Tensor | None = None) -> kernels.Routing:
+    def topk(self, logits: torch.Tensor, replay: torch.Tensor | None = None) -> kernels.Routing:
+        """The model's own router on fp32 [T, E], or along the experts [T, top_k] of ``replay``."""
         rules = self.rules
         return kernels.router_topk(
             logits,
             rules.top_k,
             scoring=rules.scoring,
+            groups=self.groups,
+            bias=self.router.expert_bias,
             renormalize=rules.renormalize,
             scale=rules.scale,
             replay=replay,

@@ -99,7 +99,10 @@ class MegatronPolicy:
         else:
             self.model = build_model(self.config, recompute=recompute)
         self._parameters = dict(self.model.named_parameters())
-        _copy_into(self._parameters, hf_to_megatron(self.config, weights))
+        # what is not trained but belongs to the model: the routers' selection biases
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(".expert_bias")}
+        self._weights: dict[str, torch.Tensor] = self._parameters | buffers
+        _copy_into(self._weights, hf_to_megatron(self.config, weights))
         self._scorer: torch.nn.Module = StockModel(self.model) if stock else self.model
         self._ddp: Any = None
         self._optimizer: Any = None
@@ -181,7 +184,7 @@ class MegatronPolicy:
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, bf16 tensor) pairs; views where the layout allows, valid until the next step."""
-        return megatron_to_hf(self.config, {name: p.detach() for name, p in self._parameters.items()})
+        return megatron_to_hf(self.config, {name: p.detach() for name, p in self._weights.items()})
 
     def weights_digest(self) -> dict[str, str]:
         """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal."""
@@ -202,7 +205,7 @@ class MegatronPolicy:
         """Write everything that the next step depends on; a run that loads it continues bit for bit."""
         state = self._optimizer_state()
         metadata = {"step": self.step, "model": asdict(self.config), "optimizer": asdict(self._settings())}
-        model = {name: p.detach() for name, p in self._parameters.items()}
+        model = {name: p.detach() for name, p in self._weights.items()}
         checkpoint.save(target, {"model": model, "optimizer": state}, metadata)
 
     def load(self, source: str | Path) -> None:
@@ -214,11 +217,11 @@ class MegatronPolicy:
             raise checkpoint.CheckpointError(
                 f"{source} holds another model ({metadata['model']}): start from the model it was made with"
             )
-        targets = {"model": self._parameters, "optimizer": state}
+        targets = {"model": self._weights, "optimizer": state}
         for stem, tensors in targets.items():
-            dtype = torch.bfloat16 if stem == "model" else torch.float32
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            check_tensors(files.get(stem, {}), shapes, dtype, f"{source}/{stem}.safetensors")
+            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+            check_tensors(files.get(stem, {}), shapes, dtypes.__getitem__, f"{source}/{stem}.safetensors")
         for stem, tensors in targets.items():
             _copy_into(tensors, files[stem])
         self.step = int(metadata["step"])

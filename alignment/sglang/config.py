@@ -14,7 +14,7 @@ from zerokl.alignment.routing import Router, RoutingError, router_of
 from zerokl.alignment.sglang.errors import UnsupportedError
 from zerokl.alignment.types import Request
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM")
 
 DISABLED_HOOKS_KEY = "zerokl_disabled_hooks"
 """Key in the model config's overrides through which `EngineConfig.disabled_hooks` reaches SGLang's scheduler."""
@@ -104,9 +104,10 @@ def _check_supported(info: ModelInfo, config: dict[str, Any]) -> None:
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rotated = 0.5 if info.architecture == "Glm4MoeForCausalLM" else 1  # where no key says otherwise
     found = {
         f"rotary scaling {rope_type!r}": rope_type != "default",
-        "partial_rotary_factor": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", rotated)) != 1,
         f"hidden_act {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
         "quantization_config": config.get("quantization_config") is not None,
         "sliding-window attention": bool(config.get("use_sliding_window")),

@@ -37,7 +37,13 @@ from zerokl.alignment.types import Request
 
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
 _FLUSH_S = 30.0
-_MODEL_MODULES = ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+_MODEL_MODULES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+}
+"""The file below SGLang's ``models`` that holds an architecture."""
 
 
 def main(fd: int) -> None:
@@ -90,11 +96,12 @@ class _Server:
             from zerokl.alignment.sglang import cpu_shims
 
             cpu_shims.activate()
-        _skip_unused_models()
+        model = inspect_model(config.model_path)
+        _skip_unused_models(_MODEL_MODULES[model.architecture])
         import sglang
 
         self.config = config
-        self.capture = inspect_model(config.model_path).router if config.capture_experts else None
+        self.capture = model.router if config.capture_experts else None
         self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
         self.version = "default"
         report = self._warm_up()
@@ -270,6 +277,7 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "sleep_on_idle": True,  # or an idle scheduler spins, on a core that the trainer needs
         "disable_overlap_schedule": True,  # log-probabilities leave the sampler as Python floats
         "custom_weight_loader": loaders,
+        "disable_shared_experts_fusion": True,  # the shared expert is added last, not as one slot among others
         "enable_return_routed_experts": config.capture_experts,
         "log_level": "warning",
     }
@@ -280,13 +288,13 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
     return args
 
 
-def _skip_unused_models() -> None:
+def _skip_unused_models(needed: str) -> None:
     """Keep SGLang from importing its two hundred other model files, which takes seconds in each process."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or spec.origin is None:
         raise EngineError("SGLang is not installed: pip install sglang==0.5.23")
     models = (Path(spec.origin).parent / "srt" / "models").glob("*.py")
-    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(m.stem for m in models if m.stem not in _MODEL_MODULES)
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(m.stem for m in models if m.stem != needed)
 
 
 def _versions() -> dict[str, str]:

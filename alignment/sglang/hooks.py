@@ -40,6 +40,7 @@ CONTAINERS = {
     "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
     "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",
     "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeAttention", "Qwen3MoeSparseMoeBlock",
+    "Glm4MoeForCausalLM", "Glm4MoeModel", "Glm4MoeDecoderLayer", "Glm4MoeAttention", "Glm4MoeMLP",
     "UnquantizedFusedMoEMethod",  # a child of the experts, whose forward is bound
     "ModuleList", "Pooler",
 }  # fmt: skip
@@ -107,29 +108,31 @@ def bind(runner: Any, backend: Any) -> Binding:
     config = model.config
     runner.sampler = sampling.create()
     router = router_of(config.to_dict() | {"architectures": [architecture]})
-    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, architecture, router)}
+    head_norms = architecture != "LlamaForCausalLM" and getattr(config, "use_qk_norm", True)
+    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, head_norms, router)}
     disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
-        if type(module) not in _BINDERS:
+        binder = _BINDERS.get(type(module)) or _MODEL_BINDERS.get(type(module).__name__)
+        if binder is None:
             if type(module).__name__ not in CONTAINERS:
                 raise UnsupportedError(f"module {name} is a {type(module).__name__}, which zerokl does not define")
             continue
-        bind_module, names = _BINDERS[type(module)]
+        bind_module, names = binder
         if disabled.isdisjoint(names):
             bind_module(name, module, *(table[key] for key in names))
     return Binding(architecture, config.num_hidden_layers, table, backend, runner.sampler)
 
 
-def _expected(layers: int, architecture: str, router: Router | None) -> Iterator[Hook]:
+def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[Hook]:
     """The hooks and how often one forward pass must call each."""
-    head_norms = 0 if architecture == "LlamaForCausalLM" else 2 * layers
     sparse = 0 if router is None else router.sparse_layers
+    shared = 0 if router is None or not router.shared_experts else sparse
     yield Hook("embedding", "embedding", 1)
-    yield Hook("linear", "linear", 2 * layers + 2 * (layers - sparse))
-    yield Hook("rms_norm", "rms_norm", 1 + head_norms)
+    yield Hook("linear", "linear", 2 * layers + 2 * (layers - sparse + shared))
+    yield Hook("rms_norm", "rms_norm", 1 + (2 * layers if head_norms else 0))
     yield Hook("add_rms_norm", "rms_norm", 2 * layers)
     yield Hook("rotary", "rotary", layers)
-    yield Hook("silu_and_mul", "silu_and_mul", layers)
+    yield Hook("silu_and_mul", "silu_and_mul", layers + shared)
     yield Hook("lm_head", "linear", 1)
     if sparse:
         yield Hook("router_gate", "linear", sparse)
@@ -137,6 +140,8 @@ def _expected(layers: int, architecture: str, router: Router | None) -> Iterator
         yield Hook("moe_permute", "moe_permute", sparse)
         yield Hook("grouped_linear", "grouped_linear", 2 * sparse)
         yield Hook("moe_combine", "moe_combine", sparse)
+    if shared:
+        yield Hook("shared_experts", "moe_combine", sparse)
 
 
 def _check_layout(runner: Any) -> None:
@@ -274,3 +279,9 @@ _BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
     FusedMoE: (moe_hooks.bind_experts, ("moe_permute", "grouped_linear", "silu_and_mul", "moe_combine")),
 }
 """For each module type: what binds it, and the hooks it is bound to."""
+
+_MODEL_BINDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "Glm4MoeGate": (moe_hooks.bind_wide_gate, ("router_gate",)),
+    "Glm4MoeSparseMoeBlock": (moe_hooks.bind_block, ("shared_experts",)),
+}
+"""The same for types of one model's own file, by name: importing the file would cost every engine seconds."""

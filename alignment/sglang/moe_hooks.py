@@ -1,7 +1,8 @@
 """Binding SGLang's sparse layers: its model code calls a gate, a top-k and the experts, each computed here.
 
-SGLang's block stays as it is. The gate's logits leave unrounded (fp32), the top-k hands on expert indices and fp32
-weights in slot order, and the experts are permuted, multiplied and combined by the same ops as in training.
+SGLang's block stays as it is, but for one with shared experts: it would round their sum twice. The gate's logits leave
+unrounded (fp32), the top-k hands on expert indices and fp32 weights in slot order, and the experts are permuted,
+multiplied and combined by the same ops as in training.
 """
 
 from __future__ import annotations
@@ -38,25 +39,61 @@ def bind_gate(name: str, module: Any, hook: Hook) -> None:
 def bind_topk(name: str, module: Any, hook: Hook) -> None:
     """The choice of experts. It also feeds SGLang's capture of routed experts, as SGLang's own top-k does."""
     config = module.topk_config
-    plain = (
-        config.scoring_func == "softmax"
-        and not config.use_grouped_topk
-        and config.correction_bias is None
-        and config.custom_routing_function is None
-        and config.routed_scaling_factor in (None, 1.0)
-        and config.num_shared_topk_slots == 0
-        and not module.enable_waterfill
-    )
-    if not plain:
-        raise UnsupportedError(f"module {name}: only softmax scores without bias, groups or scale are supported")
+    options = _scoring(name, config)
+    if config.custom_routing_function is not None or config.num_shared_topk_slots or module.enable_waterfill:
+        raise UnsupportedError(f"module {name}: custom routing and slots for shared experts are not supported")
 
     def forward(hidden_states: torch.Tensor, router_logits: torch.Tensor, **named: Any) -> StandardTopKOutput:  # noqa: ARG001
         if any(value is not None for value in named.values()):
             raise UnsupportedError(f"module {name}: top-k arguments {sorted(named)} are not supported")
         hook.calls += 1
-        routing = kernels.router_topk(router_logits, config.top_k, scoring="softmax", renormalize=config.renormalize)
+        routing = kernels.router_topk(router_logits, config.top_k, renormalize=config.renormalize, **options)
         capture_routed_experts_if_allowed(config, module.layer_id, routing.indices)
         return StandardTopKOutput(routing.weights, routing.indices, router_logits)
+
+    hook.attach(module, "forward", forward)
+
+
+def _scoring(name: str, config: Any) -> dict[str, Any]:
+    """`router_topk`'s options for the two routers SGLang's models build: softmax, or sigmoid with bias and groups.
+
+    SGLang says the second by a bias and groups alone; the scale it applies to the sum, the contract to the weights.
+    """
+    bias, scale = config.correction_bias, config.routed_scaling_factor
+    if config.scoring_func == "softmax" and not config.use_grouped_topk and bias is None and scale in (None, 1.0):
+        return {"scoring": "softmax"}
+    if not config.use_grouped_topk or bias is None or bias.dtype is not torch.float32:
+        raise UnsupportedError(
+            f"module {name}: only softmax scores alone, or sigmoid scores with groups and an fp32 bias, are supported"
+        )
+    groups = kernels.Groups(config.num_expert_group, config.topk_group)
+    return {"scoring": "sigmoid", "groups": groups, "bias": bias, "scale": 1.0 if scale is None else scale}
+
+
+def bind_wide_gate(name: str, module: Any, hook: Hook) -> None:
+    """A gate that SGLang widens to fp32: narrowed to the checkpoint's bf16 again, which must lose nothing."""
+    narrow = module.weight.detach().to(torch.bfloat16)
+    if not torch.equal(narrow.float(), module.weight):
+        raise UnsupportedError(f"module {name}: a gate whose weights are no bfloat16 numbers is not supported")
+    module.weight = torch.nn.Parameter(narrow, requires_grad=False)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        hook.calls += 1
+        return kernels.linear(x, module.weight, out_dtype=torch.float32)
+
+    hook.attach(module, "forward", forward)
+
+
+def bind_block(name: str, module: Any, hook: Hook) -> None:
+    """A sparse block with shared experts: their output joins the combination, scaled weights and all, before the one
+    rounding. Without them SGLang's own block would still multiply by the scale."""
+    if module.num_fused_shared_experts or not hasattr(module, "shared_experts"):
+        raise UnsupportedError(f"module {name}: a block needs shared experts that are not fused into the routed ones")
+
+    def forward(hidden_states: torch.Tensor, forward_batch: Any = None) -> torch.Tensor:  # noqa: ARG001
+        hook.calls += 1
+        topk_output = module.topk(hidden_states, module.gate(hidden_states))
+        return module.experts(hidden_states, topk_output, shared=module.shared_experts(hidden_states))
 
     hook.attach(module, "forward", forward)
 
@@ -65,7 +102,9 @@ def bind_experts(name: str, module: Any, permute: Hook, grouped: Hook, silu: Hoo
     """w13_weight [E, 2 F, H] holds gate rows and then up rows of every expert, w2_weight [E, H, F] the way back."""
     _check_experts(name, module)
 
-    def forward(hidden_states: torch.Tensor, topk_output: Any, pre_quant_input: Any = None) -> torch.Tensor:
+    def forward(
+        hidden_states: torch.Tensor, topk_output: Any, pre_quant_input: Any = None, shared: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if pre_quant_input is not None or not TopKOutputChecker.format_is_standard(topk_output):
             raise UnsupportedError(f"module {name}: only plain inputs and a standard top-k are supported")
         permute.calls += 1
@@ -75,7 +114,7 @@ def bind_experts(name: str, module: Any, permute: Hook, grouped: Hook, silu: Hoo
         h = kernels.silu_and_mul(kernels.grouped_linear(rows, module.w13_weight, permutation.offsets))
         y = kernels.grouped_linear(h, module.w2_weight, permutation.offsets)
         combine.calls += 1
-        return kernels.moe_combine(y, permutation, topk_output.topk_weights)
+        return kernels.moe_combine(y, permutation, topk_output.topk_weights, shared=shared)
 
     for hook in (permute, grouped, silu, combine):
         hook.attach(module, "forward", forward)

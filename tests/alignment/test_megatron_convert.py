@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from zerokl.alignment.megatron.convert import hf_shapes, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 
-NAMES = ["llama", "qwen3-tied", "qwen3", "qwen3-moe"]
+NAMES = ["llama", "qwen3-tied", "qwen3", "qwen3-moe", "glm4-moe"]
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def assert_round_trip(folder):
     back = dict(megatron_to_hf(config, hf_to_megatron(config, read_hf_weights(folder, config))))
     assert back.keys() == source.keys() == hf_shapes(config).keys()
     for key, tensor in source.items():
+        assert back[key].dtype == tensor.dtype
         assert torch.equal(back[key].view(torch.int16), tensor.view(torch.int16)), key
 
 
@@ -144,6 +145,32 @@ def test_unsupported_configs(broken, changes, message):
     edit_config(broken, **changes)
     with pytest.raises(ModelError, match=message):
         ModelConfig.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 3}, "2 of 3 groups of 16 experts do not exist"),
+        ({"topk_group": 5}, "5 of 4 groups of 16 experts do not exist"),
+        ({"first_k_dense_replace": 2}, "leaves no sparse layer of 2"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number"),
+        ({"n_shared_experts": -1}, "n_shared_experts must be an integer"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": None}, "partial_rotary_factor is not"),
+    ],
+)
+def test_unsupported_groups_and_shared_experts(tiny_models, tmp_path, changes, message):
+    folder = shutil.copytree(tiny_models["glm4-moe"], tmp_path / "model")
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        ModelConfig.load(folder)
+
+
+def test_a_selection_bias_stays_fp32(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["glm4-moe"], tmp_path / "model")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit_weights(folder, lambda w: w.update({name: w[name].bfloat16()}))
+    with pytest.raises(ModelError, match=r"e_score_correction_bias is torch\.bfloat16, needs torch\.float32"):
+        read_hf_weights(folder, ModelConfig.load(folder))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Qwen3-MoE in MegatronPolicy: the model's own numbers, the same bits every time, along replayed experts too."""
+"""Sparse models in MegatronPolicy: the model's own numbers, the same bits every time, along replayed experts too."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from zerokl.alignment.megatron.policy import MegatronPolicy
 from zerokl.alignment.routing import RoutingError
 
 LENGTHS = [(5, 7), (1, 3), (40, 20), (9, 1), (17, 12)]
-NAME = "qwen3-moe"
+NAMES = ["qwen3-moe", "glm4-moe"]
 
 
 def bits(tensor):
@@ -24,40 +24,57 @@ def mean_loss(logprobs, _index):
     return -logprobs.mean()
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def policy(tiny_models):
+def policy(tiny_models, name):
     """policy(options...): a training policy of the sparse model."""
 
     def make(**options):
         settings = OptimizerSettings(learning_rate=1e-3, weight_decay=0.01)
-        return MegatronPolicy(tiny_models[NAME], optimizer=settings, **options)
+        return MegatronPolicy(tiny_models[name], optimizer=settings, **options)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_models):
+def reference(tiny_models, name):
     """transformers' own model in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_models[NAME], dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(tiny_models[name], dtype=torch.float32)
 
 
 def fed(request, generation):
     return torch.tensor([[*request.input_ids, *generation.output_ids[:-1]]])
 
 
+def in_order(gate, out):
+    """The experts a gate of transformers chose, best first; it leaves them in any order."""
+    logits, _, indices = out
+    bias = getattr(gate, "e_score_correction_bias", None)
+    scores = logits if bias is None else logits.sigmoid() + bias
+    return indices.gather(1, scores.gather(1, indices).argsort(-1, descending=True))
+
+
 def reference_run(model, pairs):
     """(log-probabilities, pairs with the experts that the reference chose as routing records)."""
-    scored, routed = [], []
+    scored, routed, chosen = [], [], []
+    gates = [module for path, module in model.named_modules() if path.endswith(".mlp.gate")]
+    hooks = [gate.register_forward_hook(lambda gate, _in, out: chosen.append(in_order(gate, out))) for gate in gates]
     for request, generation in pairs:
-        out = model(fed(request, generation), output_router_logits=True)
-        chosen = [logits.topk(model.config.num_experts_per_tok, -1).indices for logits in out.router_logits]
+        chosen.clear()
+        out = model(fed(request, generation))
         record = torch.stack(chosen, 1).to(torch.uint8).numpy()
         routed.append((request, dataclasses.replace(generation, routed_experts=record)))
         targets = torch.tensor(generation.output_ids)[:, None]
         logprobs = torch.log_softmax(out.logits[0, len(request.input_ids) - 1 :], -1)
         scored.append(logprobs.gather(1, targets)[:, 0])
+    for hook in hooks:
+        hook.remove()
     return torch.cat(scored), routed
 
 
@@ -104,6 +121,7 @@ def test_gradients_are_those_of_the_model(policy, reference, make_pairs, pack, r
     sparse = policy(replay="on", recompute=recompute)
     sparse.set_learning_rate(0.0)
     sparse.train_step([pack(pairs[:1]), pack(pairs[1:])], lambda logprobs, _: -logprobs.sum() / 55)
+    compared = 0
     theirs, ours = dict(reference.named_parameters()), dict(sparse.model.named_parameters())
     norm = torch.stack([p.grad.norm() for p in theirs.values()]).norm()
     scale = min(1.0, 1.0 / float(norm))  # Megatron clipped its own in place
@@ -111,13 +129,18 @@ def test_gradients_are_those_of_the_model(policy, reference, make_pairs, pack, r
         ("mlp.router.weight", "mlp.gate.weight"),
         ("mlp.experts.linear_fc1.weight", "mlp.experts.gate_up_proj"),
         ("mlp.experts.linear_fc2.weight", "mlp.experts.down_proj"),
+        ("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
         ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
     ]:
         for layer in (0, 1):
+            if f"decoder.layers.{layer}.{mine}" not in ours:
+                continue  # a dense layer, or one without shared experts
+            compared += 1
             got = ours[f"decoder.layers.{layer}.{mine}"].main_grad
             want = theirs[f"model.layers.{layer}.{other}"].grad * scale
             assert got.norm() > 0
             assert (got - want).norm() < 0.06 * want.norm(), (layer, mine)
+    assert compared == {"qwen3_moe": 2 * 4, "glm4_moe": 5 + 1}[reference.config.model_type]
 
 
 def test_packing_order_and_microbatches_change_no_bit(policy, make_pairs, pack):
@@ -185,6 +208,20 @@ def test_a_checkpoint_continues_bit_for_bit(policy, make_pairs, pack, tmp_path):
     for sparse in (whole, second):
         sparse.train_step(batches[1], mean_loss)
     assert second.weights_digest() == whole.weights_digest()
+
+
+def test_the_selection_bias_travels_but_is_not_trained(policy, make_pairs, pack, name, tmp_path):
+    sparse = policy()
+    biases = {n: t.clone() for n, t in sparse.named_weights() if n.endswith("e_score_correction_bias")}
+    assert len(biases) == (1 if name == "glm4-moe" else 0)
+    sparse.train_step([pack(make_pairs(LENGTHS))], mean_loss)
+    sparse.export_hf(tmp_path / "exported")
+    again = MegatronPolicy(tmp_path / "exported")
+    assert again.weights_digest() == sparse.weights_digest()
+    for n, tensor in again.named_weights():
+        if n in biases:
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, biases[n])
 
 
 def test_what_is_not_supported(policy, tiny_models):

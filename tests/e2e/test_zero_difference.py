@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = ("tiny-llama", "tiny-qwen3", "tiny-qwen3_moe", "smollm2-135m")
+MODELS = ("tiny-llama", "tiny-qwen3", "tiny-qwen3_moe", "tiny-glm4_moe", "smollm2-135m")
 EQUAL = (
     "batch 1", "batch 2", "batch 7", "batch 32", "longer than a prefill chunk", "prefix-cache hit", "temperature 0.6",
     "temperature 1.7, top-p 0.8", "top-k 20, top-p 0.9", "greedy", "arrivals while others decode",
@@ -54,9 +54,13 @@ def test_an_engine_that_missed_an_update_is_found(outcome):
     assert stale["first_mismatch"]["rollout"] != stale["first_mismatch"]["trainer"]
 
 
-def test_routing_records_of_the_wrong_token_are_found(outcome):
-    shifted = outcome["scenarios"].get("records shifted by one token")
-    assert (shifted is not None) == outcome["sparse"]
-    if shifted is not None:
+def test_every_fault_of_a_router_is_found(outcome):
+    found = outcome["faults"]
+    assert len(found) == {"Qwen3MoeForCausalLM": 4, "Glm4MoeForCausalLM": 5}.get(outcome["architecture"], 0)
+    for fault, scenario in found.items():
+        assert not scenario["equal"], fault
+        assert scenario["mismatched_tokens"] > 0, fault
+    if found:
+        shifted = found["replay-shift"]
         assert shifted["differing_tokens"] > shifted["tokens"] // 2
         assert shifted["mismatched_tokens"] > shifted["tokens"] // 2
