@@ -74,7 +74,7 @@ def _glm4_moe(config: dict[str, Any]) -> Router:
         bias=True,
         groups=_size(config, "n_group"),
         keep_groups=_size(config, "topk_group"),
-        shared_experts=_size(config, "n_shared_experts", least=0),
+        shared_experts=_size(config, "n_shared_experts"),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zerokl.alignment.megatron.model_config import ModelError
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
@@ -119,6 +119,7 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
                         "temperature: finite, at least 0; top-p: above 0, at most 1")  # fmt: skip
     folder = models.resolve(settings.model)
     config = models.check(folder)
+    _check_moe(settings, config)
     faults.check(settings.inject, config, settings.replay)
     tokenizer = Tokenizer(folder, config.vocab_size)
     longest = config.max_position_embeddings - settings.max_new_tokens
@@ -147,6 +148,15 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
         )
         for index, (ids, arrival) in enumerate(prompts)
     ]
+
+
+def _check_moe(settings: Settings, config: ModelConfig) -> None:
+    if settings.replay != "off" and config.moe is None:
+        raise UserError(
+            f"--replay {settings.replay}: {config.architecture} is dense, it routes nothing", "leave it out"
+        )
+    if settings.stock and config.moe is not None:
+        raise UserError("--control stock: stock layers of mixture-of-experts models are not supported", "leave it out")
 
 
 def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tuple[RolloutEngine, MegatronPolicy]:

@@ -85,8 +85,8 @@ def bind_wide_gate(name: str, module: Any, hook: Hook) -> None:
 
 
 def bind_block(name: str, module: Any, hook: Hook) -> None:
-    """A sparse block with shared experts: their output joins the combination, scaled weights and all, before the one
-    rounding. Without them SGLang's own block would still multiply by the scale."""
+    """A sparse block with shared experts. SGLang's would scale the routed sum and add the shared output, each rounded;
+    here the weights are scaled (`bind_topk`) and the shared output joins the combination before its one rounding."""
     if module.num_fused_shared_experts or not hasattr(module, "shared_experts"):
         raise UnsupportedError(f"module {name}: a block needs shared experts that are not fused into the routed ones")
 

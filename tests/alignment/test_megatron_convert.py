@@ -154,7 +154,8 @@ def test_unsupported_configs(broken, changes, message):
         ({"topk_group": 5}, "5 of 4 groups of 16 experts do not exist"),
         ({"first_k_dense_replace": 2}, "leaves no sparse layer of 2"),
         ({"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number"),
-        ({"n_shared_experts": -1}, "n_shared_experts must be an integer"),
+        ({"n_shared_experts": 0}, "n_shared_experts must be a positive integer"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer"),
         ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": None}, "partial_rotary_factor is not"),
     ],
 )
