@@ -39,7 +39,7 @@ from zerokl.alignment.sglang.errors import UnsupportedError
 CONTAINERS = {
     "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
     "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",
-    "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeAttention", "Qwen3MoeSparseMoeBlock",
+    "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeSparseMoeBlock",
     "Glm4MoeForCausalLM", "Glm4MoeModel", "Glm4MoeDecoderLayer", "Glm4MoeAttention", "Glm4MoeMLP",
     "UnquantizedFusedMoEMethod",  # a child of the experts, whose forward is bound
     "ModuleList", "Pooler",
@@ -259,6 +259,11 @@ def _check_attention(name: str, module: Any) -> None:
         raise UnsupportedError(f"module {name}: only plain causal attention is supported (no window, cap or scales)")
 
 
+def _write_the_cache_apart(name: str, module: Any) -> None:  # noqa: ARG001
+    """On CUDA this model's rotary embedding would also store keys and values; the attention backend does."""
+    module.compatible_with_fused_kv_buffer = False
+
+
 def _ignore(name: str, module: Any) -> None:
     """An untied LM head is only a weight: `_compute_lm_head` reads it."""
 
@@ -281,6 +286,7 @@ _BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
 """For each module type: what binds it, and the hooks it is bound to."""
 
 _MODEL_BINDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "Qwen3MoeAttention": (_write_the_cache_apart, ()),
     "Glm4MoeGate": (moe_hooks.bind_wide_gate, ("router_gate",)),
     "Glm4MoeSparseMoeBlock": (moe_hooks.bind_block, ("shared_experts",)),
 }
