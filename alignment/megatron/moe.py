@@ -18,14 +18,14 @@ from zerokl.alignment.megatron.modules import PackedPositions
 from zerokl.alignment.routing_replay import Replay
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MoeTransformerConfig(TransformerConfig):
     """TransformerConfig that carries the sparse layers' rules to the modules Megatron builds with it.
 
     Not Megatron's own fields: they cannot say all that a `Router` says, and switch on parts that are not used here.
     """
 
-    moe: MoeConfig = None  # type: ignore[assignment]  # as Megatron declares its own fields
+    moe: MoeConfig
 
 
 class Weight(torch.nn.Module):

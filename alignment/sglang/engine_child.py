@@ -214,11 +214,8 @@ async def _generate(engine: Any, requests: Sequence[Request], capture: Router | 
     for index, result in enumerate(results):
         if isinstance(result, BaseException):
             raise EngineError(f"request {index}: {type(result).__name__}: {result}") from result
-    routed = [
-        None if capture is None else _routed(index, len(request.input_ids), result, capture)  # type: ignore[arg-type]
-        for index, (request, result) in enumerate(zip(requests, results, strict=True))
-    ]
-    return tuple(_tokens(index, result, routed[index]) for index, result in enumerate(results))  # type: ignore[arg-type]
+    answered = enumerate(zip(requests, results, strict=True))
+    return tuple(_tokens(index, request, result, capture) for index, (request, result) in answered)  # type: ignore[arg-type]
 
 
 def _routed(index: int, prompt: int, result: dict[str, Any], router: Router) -> bytes:
@@ -241,7 +238,7 @@ def _sampling_params(request: Request) -> dict[str, Any]:
     }
 
 
-def _tokens(index: int, result: dict[str, Any], routed: bytes | None) -> protocol.Tokens:
+def _tokens(index: int, request: Request, result: dict[str, Any], capture: Router | None) -> protocol.Tokens:
     meta, ids = result["meta_info"], tuple(result["output_ids"])
     reason = meta["finish_reason"]
     if reason["type"] not in ("stop", "length"):
@@ -257,7 +254,7 @@ def _tokens(index: int, result: dict[str, Any], routed: bytes | None) -> protoco
         finish_reason=reason["type"],
         weight_version=meta["weight_version"],
         cached_tokens=meta["cached_tokens"],
-        routed_experts=routed,
+        routed_experts=None if capture is None else _routed(index, len(request.input_ids), result, capture),
     )
 
 

@@ -140,8 +140,6 @@ def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[
         yield Hook("moe_permute", "moe_permute", sparse)
         yield Hook("grouped_linear", "grouped_linear", 2 * sparse)
         yield Hook("moe_combine", "moe_combine", sparse)
-    if shared:
-        yield Hook("shared_experts", "moe_combine", sparse)
 
 
 def _check_layout(runner: Any) -> None:
@@ -288,6 +286,6 @@ _BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
 _MODEL_BINDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "Qwen3MoeAttention": (_write_the_cache_apart, ()),
     "Glm4MoeGate": (moe_hooks.bind_wide_gate, ("router_gate",)),
-    "Glm4MoeSparseMoeBlock": (moe_hooks.bind_block, ("shared_experts",)),
+    "Glm4MoeSparseMoeBlock": (moe_hooks.bind_block, ("moe_combine",)),
 }
 """The same for types of one model's own file, by name: importing the file would cost every engine seconds."""

@@ -84,18 +84,18 @@ def bind_wide_gate(name: str, module: Any, hook: Hook) -> None:
     hook.attach(module, "forward", forward)
 
 
-def bind_block(name: str, module: Any, hook: Hook) -> None:
+def bind_block(name: str, module: Any, combine: Hook) -> None:
     """A sparse block with shared experts. SGLang's would scale the routed sum and add the shared output, each rounded;
-    here the weights are scaled (`bind_topk`) and the shared output joins the combination before its one rounding."""
+    here the weights are scaled (`bind_topk`) and the shared output joins the combination, which counts the call, before
+    its one rounding."""
     if module.num_fused_shared_experts or not hasattr(module, "shared_experts"):
         raise UnsupportedError(f"module {name}: a block needs shared experts that are not fused into the routed ones")
 
     def forward(hidden_states: torch.Tensor, forward_batch: Any = None) -> torch.Tensor:  # noqa: ARG001
-        hook.calls += 1
         topk_output = module.topk(hidden_states, module.gate(hidden_states))
         return module.experts(hidden_states, topk_output, shared=module.shared_experts(hidden_states))
 
-    hook.attach(module, "forward", forward)
+    combine.attach(module, "forward", forward)
 
 
 def bind_experts(name: str, module: Any, permute: Hook, grouped: Hook, silu: Hook, combine: Hook) -> None:
