@@ -116,6 +116,7 @@ def main(model: str, out: Path) -> None:
                 "digests_equal_after_sync": same,
                 "architecture": architecture.architecture,
                 "faults": injected,
+                "hooks": {row["hook"]: row["calls"] for row in engine.manifest()["hooks"]["hooks"]},
             }
         )
     )

@@ -54,6 +54,14 @@ def test_an_engine_that_missed_an_update_is_found(outcome):
     assert stale["first_mismatch"]["rollout"] != stale["first_mismatch"]["trainer"]
 
 
+def test_sparse_layers_ran_on_our_ops(outcome):
+    sparse = {"Qwen3MoeForCausalLM": 2, "Glm4MoeForCausalLM": 2}.get(outcome["architecture"])
+    names = {"router_gate": 1, "router_topk": 1, "moe_permute": 1, "grouped_linear": 2, "moe_combine": 1}
+    forwards = 2  # of the warm-up
+    expected = {} if sparse is None else {name: forwards * sparse * calls for name, calls in names.items()}
+    assert {name: calls for name, calls in outcome["hooks"].items() if name in names} == expected
+
+
 def test_every_fault_of_a_router_is_found(outcome):
     found = outcome["faults"]
     assert len(found) == {"Qwen3MoeForCausalLM": 4, "Glm4MoeForCausalLM": 5}.get(outcome["architecture"], 0)
