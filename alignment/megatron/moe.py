@@ -82,6 +82,11 @@ class MoE(MegatronModule):
 
     def __init__(self, config: MoeTransformerConfig, **_unused: Any) -> None:
         super().__init__(config=config)
+        if (config.tensor_model_parallel_size, config.expert_model_parallel_size) != (1, 1):
+            raise NotImplementedError(
+                "MoE: experts split over ranks are not supported; set tensor_model_parallel_size and "
+                "expert_model_parallel_size to 1"
+            )
         self.rules = config.moe.router
         self.groups = kernels.Groups(self.rules.groups, self.rules.keep_groups)
         self.router = RouterWeight(config)
