@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from zerokl.alignment import routing_replay
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -40,7 +42,8 @@ class Generation:
     """What the engine returned for one request, token by token, as decoded.
 
     ``logprobs`` (fp32 [n]): log-probability under the sampled distribution (temperature, top-p, top-k renormalised);
-    ``raw_logprobs`` (fp32 [n]): the same at temperature 1 without filters.
+    ``raw_logprobs`` (fp32 [n]): the same at temperature 1 without filters. ``routed_experts``: the routing record
+    (see `routing_replay`) of prompt and response without its last token, where the engine captures experts.
     """
 
     output_ids: tuple[int, ...]
@@ -49,6 +52,7 @@ class Generation:
     finish_reason: str
     weight_version: str
     cached_tokens: int = 0
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class PackedBatch:
     rows int64 [n]: the packed rows whose next token was sampled; targets int64 [n]: those tokens;
     temperature fp32 [n], top_p fp32 [n], top_k int32 [n]: the distribution each was sampled from (greedy, temperature
     0 or top_k 1, is scored at temperature 1 without filters); sequence int64 [n]: the sequence each row belongs to.
+    routed_experts uint8 or uint16 [T, sparse layers, top_k]: the slab of routing records, where there are any.
     """
 
     tokens: torch.Tensor
@@ -70,12 +75,14 @@ class PackedBatch:
     top_p: torch.Tensor
     top_k: torch.Tensor
     sequence: torch.Tensor = field(repr=False)
+    routed_experts: torch.Tensor | None = field(default=None, repr=False)
 
     @staticmethod
     def pack(requests: Sequence[Request], generations: Sequence[Generation]) -> PackedBatch:
         """Pack prompt + response of each pair, in the order given; every generated token becomes a target.
 
-        Raises ValueError for unequal lengths, an empty prompt or an empty batch.
+        Raises ValueError for unequal lengths, an empty prompt or an empty batch, RoutingError for routing records
+        that do not fit.
         """
         if len(requests) != len(generations) or not requests:
             got = f"{len(requests)} requests, {len(generations)} generations"
@@ -115,4 +122,5 @@ class PackedBatch:
             top_p=torch.tensor([s[1] for s in sampling], dtype=torch.float32),
             top_k=torch.tensor([s[2] for s in sampling], dtype=torch.int32),
             sequence=torch.tensor(owner, dtype=torch.int64),
+            routed_experts=routing_replay.slab([g.routed_experts for g in generations], np.diff(cu).tolist()),
         )

@@ -31,6 +31,7 @@ def engine_config(config: Config, model: Path, *, stock: bool = False) -> Engine
     return EngineConfig(
         model_path=str(model),
         stock=stock,
+        capture_experts=config.train.routing_replay != "off" and not stock,
         context_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
         max_running_requests=rollout.max_running_requests,
         max_total_tokens=rollout.kv_cache_tokens,

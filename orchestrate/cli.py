@@ -30,15 +30,28 @@ class Control(enum.StrEnum):
     stock = "stock"
 
 
+class Replay(enum.StrEnum):
+    off = "off"
+    on = "on"
+    check = "check"
+
+
 class Fault(enum.StrEnum):
     ulp = "ulp"
     nan = "nan"
     weight_bit = "weight-bit"
+    routing_slots = "routing-slots"
+    tie_break = "tie-break"
+    combine_order = "combine-order"
+    stale_bias = "stale-bias"
+    replay_shift = "replay-shift"
 
 
 class Family(enum.StrEnum):
     llama = "llama"
     qwen3 = "qwen3"
+    qwen3_moe = "qwen3_moe"
+    glm4_moe = "glm4_moe"
 
 
 @app.command()
@@ -50,6 +63,7 @@ def verify(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Decides every sampled token.")] = 0,
     control: Annotated[Control | None, typer.Option(help="Run the engines' own kernels instead.")] = None,
+    replay: Annotated[Replay, typer.Option(help="Train along the rollout's choice of experts.")] = Replay.off,
     inject: Annotated[Fault | None, typer.Option(help="Plant one fault, which must be found.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
@@ -67,6 +81,7 @@ def verify(
         top_p=top_p,
         seed=seed,
         stock=control is not None,
+        replay=replay.value,
         inject=inject.value if inject else None,
     )
     result = command.run(settings, say=_say)

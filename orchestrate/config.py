@@ -71,6 +71,9 @@ class TrainTable(Table):
     max_grad_norm: float = Field(default=1.0, gt=0)
     microbatch_tokens: int = Field(default=2048, ge=1)
     recompute: bool = False
+    routing_replay: Literal["off", "on", "check"] = Field(
+        default="off", description="experts as chosen in the rollout; check also counts tokens routed otherwise"
+    )
     threads: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")

@@ -91,6 +91,11 @@ def _check(metrics: StepMetrics, stop_on_mismatch: bool) -> None:
             f"step {metrics.step}: {metrics.mismatched_tokens} of {metrics.tokens} tokens have other bits in training "
             f"than in the rollout (largest difference {metrics.max_abs_diff:g}); the run stops here"
         )
+    if metrics.differing_routes and stop_on_mismatch:
+        raise RunError(
+            f"step {metrics.step}: the trainer would route {metrics.differing_routes} tokens to other experts than the "
+            "rollout did; the run stops here"
+        )
 
 
 class Driver:
@@ -130,6 +135,7 @@ class Driver:
             learning_rate=learning_rate,
             loss=result.loss,
             grad_norm=result.grad_norm,
+            differing_routes=result.differing_routes,
             step_s=step_s,
             sync_bytes=synced.bytes,
             tokens_per_s=sum(len(s.generation.output_ids) for s in samples) / step_s,

@@ -42,6 +42,7 @@ class StepMetrics:
     kl_k1: float
     kl_k2: float
     kl_k3: float
+    differing_routes: int
     loss: float
     grad_norm: float
     learning_rate: float

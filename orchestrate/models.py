@@ -14,7 +14,7 @@ from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.orchestrate.errors import UserError
 from zerokl.orchestrate.files import new_folder, write_json
 
-Family = Literal["llama", "qwen3"]
+Family = Literal["llama", "qwen3", "qwen3_moe", "glm4_moe"]
 NAMES = ("smollm2-135m",)
 
 _RECORD = "zerokl_model.json"  # what a folder made by this module holds: the model's name and its weights' SHA-256

@@ -53,6 +53,7 @@ def prepare(config: Config, base: Path) -> Prepared:
     model_config = attempt(partial(models.check, model)) if model else None
     if model_config:
         attempt(partial(_check_lengths, config, model_config))
+        attempt(partial(_check_routing, config, model_config))
     source = attempt(lambda: _source(config, base))
     reward = attempt(
         lambda: load_callable(config.reward.function, positional=2, options=config.reward.options, base=base)
@@ -81,6 +82,14 @@ def _check_lengths(config: Config, model: ModelConfig) -> None:
             f"{model.max_position_embeddings} positions",
             "lower one of them",
         )
+
+
+def _check_routing(config: Config, model: ModelConfig) -> None:
+    if config.train.routing_replay != "off" and model.moe is None:
+        raise UserError(f"train.routing_replay = {config.train.routing_replay}: {model.architecture} routes nothing",
+                        "set it to off")  # fmt: skip
+    if config.control.enabled and model.moe is not None:
+        raise UserError("control.enabled: stock layers of mixture-of-experts models are not supported", "disable it")
 
 
 def _absolute(config: Config, base: Path) -> Config:

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TrainReport:
     """One optimizer step: loss, gradient norm before clipping, the log-probabilities (fp32 [n]) of every sample, and
-    what the importance weights of the step did (None without correction)."""
+    what the importance weights of the step did (None without correction). ``differing_routes``: tokens whose experts
+    the trainer would choose otherwise (with routing replay `check`)."""
 
     loss: float
     grad_norm: float
     logprobs: list[np.ndarray]
     correction: Diagnostics | None = None
+    differing_routes: int = 0
 
 
 class Trainer:
@@ -51,6 +53,7 @@ class Trainer:
             optimizer=None if stock else _optimizer(train),
             stock=stock,
             recompute=train.recompute,
+            replay="off" if stock else train.routing_replay,
             threads=train.threads,
         )
         self.train = train
@@ -71,7 +74,9 @@ class Trainer:
 
         from zerokl.alignment.types import PackedBatch
         from zerokl.orchestrate.algorithms import grpo
+        from zerokl.orchestrate.scoring import check_routing
 
+        check_routing(self.policy, samples)
         batches = microbatches(samples, self.train.microbatch_tokens)
         packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch])) for batch in batches]
         old = [_concatenated([samples[i].generation.logprobs for i in batch]) for batch in batches]
@@ -101,7 +106,7 @@ class Trainer:
         diagnostics = (
             None if correction is None else _corrected(samples, torch.cat(result.logprobs), correction).diagnostics
         )
-        return TrainReport(result.loss, result.grad_norm, scored, diagnostics)
+        return TrainReport(result.loss, result.grad_norm, scored, diagnostics, result.differing_tokens)
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probabilities of every sample by the training forward (gradients on), without an update."""

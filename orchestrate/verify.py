@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from zerokl.alignment.megatron.model_config import ModelError
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import compare
-from zerokl.orchestrate import builtin_prompts, manifest, models
+from zerokl.orchestrate import builtin_prompts, faults, manifest, models
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.data import read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
@@ -35,7 +34,8 @@ _GENERATE_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The command's options; ``stock``: the engines' own kernels, ``inject``: one planted fault."""
+    """The command's options; ``stock``: the engines' own kernels, ``replay``: see `alignment.routing_replay`,
+    ``inject``: one planted fault."""
 
     model: str
     prompts: Path | None = None
@@ -44,7 +44,8 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     stock: bool = False
-    inject: Literal["ulp", "nan", "weight-bit"] | None = None
+    replay: Mode = "off"
+    inject: faults.Fault | None = None
 
 
 def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -63,24 +64,25 @@ def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
 def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     folder, requests = _requests(settings)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = _start(folder, requests, settings.stock)
+    engine, policy = _start(folder, requests, settings)
     with engine:
-        if settings.inject == "weight-bit":
-            _flip_a_weight_bit(engine)
+        faults.plant(settings.inject, engine, policy)
         generations = engine.generate(requests, timeout_s=_GENERATE_TIMEOUT_S)
         digests = engine.weights_digest(timeout_s=_START_TIMEOUT_S), policy.weights_digest()
         engine_manifest = engine.manifest()
     say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
+    generations = faults.damage_records(settings.inject, generations)
     scored, observed = score(policy, requests, generations), manifest.Observed()
+    differing = policy.differing_tokens
     with observed:  # once more for one request, to see which ops its forward runs
         score(policy, requests[:1], generations[:1])
-    if settings.inject in ("ulp", "nan"):
-        _damage(scored, settings.inject)
+    faults.damage_scores(settings.inject, scored)
     found = compare(generations, scored)
     engine_digest, trainer_digest = (_one_digest(side) for side in digests)
     return {
-        "equal": found.equal and engine_digest == trainer_digest,
+        "equal": found.equal and engine_digest == trainer_digest and differing == 0,
         **found.to_json(),
+        "routing": {"replay": settings.replay, "differing_tokens": differing if settings.replay == "check" else None},
         "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
         "requests": len(requests),
         "longest_prompt": max(len(r.input_ids) for r in requests),
@@ -101,6 +103,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"KL k1, k2, k3     {kl['k1']}, {kl['k2']}, {kl['k3']}",
         f"weights           engine {result['weights_digest']['engine']}, trainer {result['weights_digest']['trainer']}",
     ]
+    if result["routing"]["differing_tokens"] is not None:
+        out.append(f"routed otherwise  {result['routing']['differing_tokens']} tokens")
     if first:
         out.append(
             f"first mismatch    request {first['request']}, generated token {first['position']} (id {first['token']}): "
@@ -115,6 +119,8 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
                         "temperature: finite, at least 0; top-p: above 0, at most 1")  # fmt: skip
     folder = models.resolve(settings.model)
     config = models.check(folder)
+    _check_moe(settings, config)
+    faults.check(settings.inject, config, settings.replay)
     tokenizer = Tokenizer(folder, config.vocab_size)
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
@@ -144,7 +150,16 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
     ]
 
 
-def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[RolloutEngine, MegatronPolicy]:
+def _check_moe(settings: Settings, config: ModelConfig) -> None:
+    if settings.replay != "off" and config.moe is None:
+        raise UserError(
+            f"--replay {settings.replay}: {config.architecture} is dense, it routes nothing", "leave it out"
+        )
+    if settings.stock and config.moe is not None:
+        raise UserError("--control stock: stock layers of mixture-of-experts models are not supported", "leave it out")
+
+
+def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tuple[RolloutEngine, MegatronPolicy]:
     """The engine (a child process) and the policy (here), started side by side."""
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
@@ -152,7 +167,8 @@ def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[Roll
     longest = max(len(r.input_ids) + r.sampling.max_new_tokens for r in requests)
     config = EngineConfig(
         model_path=str(folder),
-        stock=stock,
+        stock=settings.stock,
+        capture_experts=settings.replay != "off",
         context_length=longest,
         max_total_tokens=max(16384, 2 * longest),
         chunked_prefill_size=CHUNK,
@@ -161,26 +177,12 @@ def _start(folder: Path, requests: Sequence[Request], stock: bool) -> tuple[Roll
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=_START_TIMEOUT_S)
         try:
-            policy = MegatronPolicy(folder, stock=stock, threads=cores(None))
+            policy = MegatronPolicy(folder, stock=settings.stock, replay=settings.replay, threads=cores(None))
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()
             raise
         return starting.result(), policy
-
-
-def _flip_a_weight_bit(engine: RolloutEngine) -> None:
-    """The lowest mantissa bit of one element of one weight: the smallest fault a transfer could leave."""
-    name = min(engine.weights_digest(timeout_s=_START_TIMEOUT_S))
-    engine.flip_weight_bit(name, 0, 0)
-
-
-def _damage(scored: list[np.ndarray], fault: str) -> None:
-    """Change one log-probability in the middle: by one unit in the last place, or to NaN."""
-    where = len(scored) // 2
-    values = scored[where].copy()
-    values[-1] = np.nan if fault == "nan" else np.nextafter(values[-1], np.float32(-np.inf))
-    scored[where] = values
 
 
 def _one_digest(side: dict[str, str]) -> str:

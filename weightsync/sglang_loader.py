@@ -82,6 +82,9 @@ def _split(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> 
         names = ["q_proj", "k_proj", "v_proj"]
     elif last == "gate_up_proj":
         sizes, names = [data.shape[0] // 2] * 2, ["gate_proj", "up_proj"]
+    elif leaf in ("w13_weight", "w2_weight") and last == "experts":
+        yield from _experts(path, leaf, data)
+        return
     elif last in ("embed_tokens", "lm_head"):
         rows = int(module.org_vocab_size)  # type: ignore[arg-type]
         yield name, data[:rows]
@@ -93,6 +96,14 @@ def _split(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> 
         raise WeightSyncError(f"parameter {name!r} has {data.shape[0]} rows, its parts {names} have {sizes}")
     for part, view in zip(names, data.split(sizes), strict=True):
         yield f"{parent}.{part}.{leaf}", view
+
+
+def _experts(path: str, leaf: str, data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every expert's own matrices: w13_weight [E, 2 F, H] holds its gate rows and then its up rows."""
+    parts = ["gate_proj", "up_proj"] if leaf == "w13_weight" else ["down_proj"]
+    for expert, stacked in enumerate(data):
+        for part, view in zip(parts, stacked.chunk(len(parts)), strict=True):
+            yield f"{path}.{expert}.{part}.weight", view
 
 
 def _check_match(tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:

@@ -7,13 +7,14 @@ its value head; ``linear_fc1`` holds all gate rows and then all up rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+from zerokl.alignment.megatron import convert_moe
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError, MoeConfig
 
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -23,7 +24,6 @@ _M_HEAD = "output_layer.weight"
 # One layer's tensors that need no change: Hugging Face name -> Megatron name.
 _SAME = {
     "self_attn.o_proj": "self_attention.linear_proj",
-    "mlp.down_proj": "mlp.linear_fc2",
     "input_layernorm": "input_layernorm",
     "post_attention_layernorm": "pre_mlp_layernorm",
 }
@@ -32,16 +32,13 @@ _SAME_QK = {"self_attn.q_norm": "self_attention.q_layernorm", "self_attn.k_norm"
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a Hugging Face checkpoint of this architecture holds, with its shape."""
-    hidden, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
+    hidden, head = config.hidden_size, config.head_dim
     query, kv = config.num_attention_heads * head, config.num_key_value_heads * head
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
@@ -50,6 +47,7 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{index}.mlp.{name}": shape for name, shape in _mlp_shapes(config, index).items()}
     shapes[_FINAL_NORM] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[_HEAD] = (config.vocab_size, hidden)
@@ -66,7 +64,7 @@ def read_hf_weights(model_dir: str | Path, config: ModelConfig) -> dict[str, tor
         tensors |= read_safetensors(path)
     if config.tie_word_embeddings and _HEAD in tensors:
         _drop_tied_head(tensors, model_dir)
-    check_tensors(tensors, hf_shapes(config), torch.bfloat16, f"weights in {model_dir}")
+    check_tensors(tensors, hf_shapes(config), hf_dtype, f"weights in {model_dir}")
     return tensors
 
 
@@ -81,8 +79,16 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
 
 
+def hf_dtype(name: str) -> torch.dtype:
+    """What a tensor of a Hugging Face checkpoint is stored in: all are bf16 but the routers' selection biases."""
+    return torch.float32 if name.endswith(convert_moe.BIAS) else torch.bfloat16
+
+
 def check_tensors(
-    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, what: str
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: Callable[[str], torch.dtype],
+    what: str,
 ) -> None:
     """Raise ModelError listing every difference between ``tensors`` and what ``shapes`` and ``dtype`` ask for."""
     problems = [f"missing {name}" for name in shapes if name not in tensors]
@@ -91,11 +97,11 @@ def check_tensors(
         tensor = tensors[name]
         if tuple(tensor.shape) != tuple(shapes[name]):
             problems.append(f"{name} has shape {tuple(tensor.shape)}, needs {tuple(shapes[name])}")
-        if tensor.dtype != dtype:
-            problems.append(f"{name} is {tensor.dtype}, needs {dtype}")
+        if tensor.dtype != dtype(name):
+            problems.append(f"{name} is {tensor.dtype}, needs {dtype(name)}")
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelError(f"{what}: {shown}. They must match config.json: use weights of the same model in {dtype}")
+        raise ModelError(f"{what}: {shown}. They must match config.json: use weights of the same model in these types")
 
 
 def hf_to_megatron(config: ModelConfig, hf: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,8 +117,7 @@ def hf_to_megatron(config: ModelConfig, hf: Mapping[str, torch.Tensor]) -> dict[
         q, k, v = (hf[f"{source}self_attn.{name}_proj.weight"] for name in "qkv")
         per_group = [x.unflatten(0, (groups, -1)) for x in (q, k, v)]
         state[f"{target}self_attention.linear_qkv.weight"] = torch.cat(per_group, dim=1).flatten(0, 1)
-        gate, up = (hf[f"{source}mlp.{name}_proj.weight"] for name in ("gate", "up"))
-        state[f"{target}mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        state |= _mlp_to_megatron(config.moe_at(index), f"{source}mlp.", f"{target}mlp.", hf)
     return state
 
 
@@ -129,14 +134,42 @@ def megatron_to_hf(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> It
         qkv = state[f"{source}self_attention.linear_qkv.weight"].unflatten(0, (groups, -1))
         for name, rows in zip("qkv", qkv.split([per_group, head, head], dim=1), strict=True):
             yield f"{target}self_attn.{name}_proj.weight", rows.flatten(0, 1)
-        gate, up = state[f"{source}mlp.linear_fc1.weight"].chunk(2)
-        yield f"{target}mlp.gate_proj.weight", gate
-        yield f"{target}mlp.up_proj.weight", up
+        yield from _mlp_to_hf(config.moe_at(index), f"{source}mlp.", f"{target}mlp.", state)
         for name, renamed in _unchanged(config).items():
             yield f"{target}{name}.weight", state[f"{source}{renamed}.weight"]
     yield _FINAL_NORM, state[_M_FINAL_NORM]
     if not config.tie_word_embeddings:
         yield _HEAD, state[_M_HEAD]
+
+
+def _mlp_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, moe = config.hidden_size, config.intermediate_size, config.moe_at(index)
+    if moe is not None:
+        return convert_moe.hf_shapes(moe, hidden)
+    return {"gate_proj.weight": (ffn, hidden), "up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+
+
+def _mlp_to_megatron(
+    moe: MoeConfig | None, source: str, target: str, hf: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    if moe is not None:
+        return convert_moe.to_megatron(moe, source, target, hf)
+    return {
+        f"{target}linear_fc1.weight": torch.cat([hf[f"{source}{name}_proj.weight"] for name in ("gate", "up")]),
+        f"{target}linear_fc2.weight": hf[f"{source}down_proj.weight"],
+    }
+
+
+def _mlp_to_hf(
+    moe: MoeConfig | None, source: str, target: str, state: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if moe is not None:
+        yield from convert_moe.to_hf(moe, source, target, state)
+        return
+    gate, up = state[f"{source}linear_fc1.weight"].chunk(2)
+    yield f"{target}gate_proj.weight", gate
+    yield f"{target}up_proj.weight", up
+    yield f"{target}down_proj.weight", state[f"{source}linear_fc2.weight"]
 
 
 def _unchanged(config: ModelConfig) -> dict[str, str]:

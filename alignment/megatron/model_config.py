@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Architecture -> whether query and key heads are normalised.
-ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
+from zerokl.alignment.routing import Router, RoutingError, router_of
+
+# Architecture -> whether query and key heads are normalised; None: as the key use_qk_norm says.
+ARCHITECTURES = {
+    "LlamaForCausalLM": False,
+    "Qwen3ForCausalLM": True,
+    "Qwen3MoeForCausalLM": True,
+    "Glm4MoeForCausalLM": None,
+}
 
 
 class ModelError(ValueError):
@@ -16,8 +23,21 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """The sparse layers: their router, and the width of one expert."""
+
+    router: Router
+    intermediate_size: int
+
+    @property
+    def shared_size(self) -> int:
+        """The width of all shared experts together; 0: there is none."""
+        return self.router.shared_experts * self.intermediate_size
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of a dense decoder. Names follow Hugging Face's ``config.json``."""
+    """Sizes and constants of a decoder. Names follow Hugging Face's ``config.json``; ``moe`` None: a dense model."""
 
     architecture: str
     vocab_size: int
@@ -31,10 +51,12 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    qk_norm: bool
+    moe: MoeConfig | None = None
 
-    @property
-    def qk_norm(self) -> bool:
-        return ARCHITECTURES[self.architecture]
+    def moe_at(self, layer: int) -> MoeConfig | None:
+        """What layer ``layer`` (from 0) computes its experts by; None: it has a dense MLP."""
+        return self.moe if self.moe is not None and layer >= self.moe.router.first_layer else None
 
     @staticmethod
     def load(model_dir: str | Path) -> ModelConfig:
@@ -73,6 +95,8 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         rms_norm_eps=_positive(raw.get("rms_norm_eps"), "rms_norm_eps", path),
         rope_theta=_positive(_rope(raw, path), "rope_theta", path),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qk_norm=_qk_norm(names[0], raw),
+        moe=_moe(raw, path),
     )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ModelError(
@@ -80,6 +104,19 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
             f"{config.num_key_value_heads} key-value heads; correct num_key_value_heads"
         )
     return config
+
+
+def _qk_norm(architecture: str, raw: dict[str, Any]) -> bool:
+    fixed = ARCHITECTURES[architecture]
+    return bool(raw.get("use_qk_norm", False)) if fixed is None else fixed
+
+
+def _moe(raw: dict[str, Any], path: Path) -> MoeConfig | None:
+    try:
+        router = router_of(raw)
+    except RoutingError as error:
+        raise ModelError(f"{path}: {error}; use another model") from error
+    return None if router is None else MoeConfig(router, _size(raw, "moe_intermediate_size", path))
 
 
 def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
@@ -104,7 +141,8 @@ def _rope(raw: dict[str, Any], path: Path) -> Any:
     for kind in (parameters.get("rope_type"), parameters.get("type")):
         if kind not in (None, "default"):
             raise ModelError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'; use another model")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    whole = 0.5 if raw["architectures"] == ["Glm4MoeForCausalLM"] else 1.0  # where no key says otherwise
+    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", whole)) != 1.0:
         raise ModelError(f"{path}: partial_rotary_factor is not supported; use a model that rotates whole heads")
     return parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
 

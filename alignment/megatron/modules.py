@@ -22,19 +22,24 @@ from zerokl.alignment.megatron.core import (
     RowParallelLinear,
     TransformerConfig,
 )
+from zerokl.alignment.routing_replay import Replay
 from zerokl.alignment.types import PackedBatch
 
 
 @dataclass
 class PackedPositions(PackedSeqParams):
-    """Megatron's packed-sequence description, with each token's position in its own sequence (int64 [T])."""
+    """Megatron's packed-sequence description, with each token's position in its own sequence (int64 [T]) and the
+    experts to replay, if any: what reaches every layer with the micro-batch."""
 
     positions: torch.Tensor = None  # type: ignore[assignment]  # as Megatron declares its own fields
+    replay: Replay | None = None
 
     @staticmethod
-    def of(batch: PackedBatch) -> PackedPositions:
+    def of(batch: PackedBatch, replay: Replay | None) -> PackedPositions:
         cu = batch.cu_seqlens
-        return PackedPositions(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, positions=batch.positions)
+        return PackedPositions(
+            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, positions=batch.positions, replay=replay
+        )
 
 
 class RMSNorm(torch.nn.Module):
@@ -153,11 +158,11 @@ class ScoringModel(GPTModel):
     only sees the rows that are scored.
     """
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, replay: Replay | None = None) -> torch.Tensor:
         """fp32 [n]: for each of ``batch.rows`` the log-probability of ``batch.targets``, gradients on."""
         hidden = kernels.embedding(batch.tokens, self.embedding.word_embeddings.weight).unsqueeze(1)
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=PackedPositions.of(batch)
+            hidden_states=hidden, attention_mask=None, packed_seq_params=PackedPositions.of(batch, replay)
         ).squeeze(1)
         head = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return kernels.selected_logprob(

@@ -22,10 +22,11 @@ from zerokl.alignment.megatron.core import (
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
 )
-from zerokl.alignment.megatron.model_config import ModelConfig
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.megatron.optimizer import OptimizerSettings, build_optimizer
 from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
+from zerokl.alignment.routing_replay import Mode, Replay
 from zerokl.alignment.types import PackedBatch
 
 LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
@@ -51,11 +52,13 @@ _MODEL_FILES = frozenset(
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: the summed loss, the gradient norm before clipping, and per microbatch the log-probabilities
-    (fp32 [n], detached) that this very forward computed, before the update."""
+    (fp32 [n], detached) that this very forward computed, before the update; ``differing_tokens``: see MegatronPolicy.
+    """
 
     loss: float
     grad_norm: float
     logprobs: list[torch.Tensor]
+    differing_tokens: int = 0
 
 
 class MegatronPolicy:
@@ -63,6 +66,8 @@ class MegatronPolicy:
 
     ``optimizer`` None gives a policy that scores only. ``stock`` runs Megatron's own layers instead of
     `zerokl.kernels`, for control measurements. ``recompute`` trades time for activation memory, with the same bits.
+    ``replay`` other than off makes the sparse layers follow the batches' routing records; with `check`, the tokens that
+    they would have routed otherwise (in any layer) add up in ``differing_tokens``.
     Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
     """
 
@@ -73,6 +78,7 @@ class MegatronPolicy:
         optimizer: OptimizerSettings | None = None,
         stock: bool = False,
         recompute: bool = False,
+        replay: Mode = "off",
         threads: int | None = None,
     ) -> None:
         if threads is not None:
@@ -82,6 +88,10 @@ class MegatronPolicy:
         self.settings = optimizer
         self.step = 0
         self.stock = stock
+        self.recompute = recompute
+        self.replay = replay
+        self.differing_tokens = 0
+        _check_moe(self.config, stock, replay)
         weights = read_hf_weights(model_dir, self.config)
         distributed.initialise()
         if stock:
@@ -89,7 +99,10 @@ class MegatronPolicy:
         else:
             self.model = build_model(self.config, recompute=recompute)
         self._parameters = dict(self.model.named_parameters())
-        _copy_into(self._parameters, hf_to_megatron(self.config, weights))
+        # what is not trained but belongs to the model: the routers' selection biases
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(".expert_bias")}
+        self._weights: dict[str, torch.Tensor] = self._parameters | buffers
+        _copy_into(self._weights, hf_to_megatron(self.config, weights))
         self._scorer: torch.nn.Module = StockModel(self.model) if stock else self.model
         self._ddp: Any = None
         self._optimizer: Any = None
@@ -106,7 +119,13 @@ class MegatronPolicy:
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """fp32 [n]: the log-probability of every target, by the training forward, with gradients on."""
         self._check(batch)
-        return self._scorer(batch)
+        replay = self._replay(batch)
+        if replay is None:
+            return self._scorer(batch)
+        logprobs = self._scorer(batch, replay)
+        replay.finish(1)
+        self.differing_tokens += replay.differing_tokens
+        return logprobs
 
     def train_step(self, microbatches: Sequence[PackedBatch], loss_fn: LossFunction) -> StepResult:
         """One optimizer step on the sum of ``loss_fn(logprobs, index)`` over the microbatches.
@@ -120,9 +139,10 @@ class MegatronPolicy:
             self._check(batch)
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        total, scored = 0.0, []
+        total, scored, differing = 0.0, [], 0
         for index, batch in enumerate(microbatches):
-            logprobs = ddp(batch)
+            replay = self._replay(batch)
+            logprobs = ddp(batch) if replay is None else ddp(batch, replay)
             loss = loss_fn(logprobs, index)
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -130,12 +150,16 @@ class MegatronPolicy:
                     f"the loss of microbatch {index} is {value}; weights are unchanged. Drop the sample that causes it"
                 )
             loss.backward()
+            if replay is not None:
+                replay.finish(2 if self.recompute else 1)
+                differing += replay.differing_tokens
             total += value
             scored.append(logprobs.detach())
         finalize_model_grads([ddp])
         grad_norm = self._update(optimizer)
         self.step += 1
-        return StepResult(total, grad_norm, scored)
+        self.differing_tokens += differing
+        return StepResult(total, grad_norm, scored, differing)
 
     def _update(self, optimizer: Any) -> float:
         """Megatron's optimizer step, stopped before the update if the gradient norm is not finite."""
@@ -160,7 +184,7 @@ class MegatronPolicy:
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, bf16 tensor) pairs; views where the layout allows, valid until the next step."""
-        return megatron_to_hf(self.config, {name: p.detach() for name, p in self._parameters.items()})
+        return megatron_to_hf(self.config, {name: p.detach() for name, p in self._weights.items()})
 
     def weights_digest(self) -> dict[str, str]:
         """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal."""
@@ -181,7 +205,7 @@ class MegatronPolicy:
         """Write everything that the next step depends on; a run that loads it continues bit for bit."""
         state = self._optimizer_state()
         metadata = {"step": self.step, "model": asdict(self.config), "optimizer": asdict(self._settings())}
-        model = {name: p.detach() for name, p in self._parameters.items()}
+        model = {name: p.detach() for name, p in self._weights.items()}
         checkpoint.save(target, {"model": model, "optimizer": state}, metadata)
 
     def load(self, source: str | Path) -> None:
@@ -193,11 +217,11 @@ class MegatronPolicy:
             raise checkpoint.CheckpointError(
                 f"{source} holds another model ({metadata['model']}): start from the model it was made with"
             )
-        targets = {"model": self._parameters, "optimizer": state}
+        targets = {"model": self._weights, "optimizer": state}
         for stem, tensors in targets.items():
-            dtype = torch.bfloat16 if stem == "model" else torch.float32
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            check_tensors(files.get(stem, {}), shapes, dtype, f"{source}/{stem}.safetensors")
+            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+            check_tensors(files.get(stem, {}), shapes, dtypes.__getitem__, f"{source}/{stem}.safetensors")
         for stem, tensors in targets.items():
             _copy_into(tensors, files[stem])
         self.step = int(metadata["step"])
@@ -227,6 +251,7 @@ class MegatronPolicy:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "model": asdict(self.config),
+            "routing_replay": self.replay,
             "parallel": {"tensor": 1, "pipeline": 1, "context": 1, "data": 1},
             "row_parallel_segments": 1,
         }
@@ -241,6 +266,12 @@ class MegatronPolicy:
         assert self.settings is not None
         return self.settings
 
+    def _replay(self, batch: PackedBatch) -> Replay | None:
+        if self.replay == "off" or self.config.moe is None:
+            return None
+        router, tokens = self.config.moe.router, batch.tokens.numel()
+        return Replay(batch.routed_experts, router, tokens, check=self.replay == "check")
+
     def _check(self, batch: PackedBatch) -> None:
         """Refuse what no kernel would notice: nothing to score, or a sequence beyond the rotary table."""
         if batch.rows.numel() == 0:
@@ -251,6 +282,13 @@ class MegatronPolicy:
                 f"a sequence of {longest} tokens exceeds the model's {self.config.max_position_embeddings}: "
                 "shorten the prompt or max_new_tokens"
             )
+
+
+def _check_moe(config: ModelConfig, stock: bool, replay: Mode) -> None:
+    if replay != "off" and config.moe is None:
+        raise ModelError(f"routing replay {replay!r}: {config.architecture} is dense, it routes nothing; set it to off")
+    if stock and config.moe is not None:
+        raise ModelError("stock layers of mixture-of-experts models are not supported; run them with zerokl's kernels")
 
 
 def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:

@@ -34,15 +34,18 @@ from zerokl.alignment.megatron.modules import (
     SwiGLU,
     residual_add,
 )
+from zerokl.alignment.megatron.moe import MoE, MoELayer, MoeTransformerConfig
 
 
 def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bool = False) -> TransformerConfig:
-    """Megatron's configuration for a dense bf16 model on one rank."""
+    """Megatron's configuration for a bf16 model on one rank."""
     options: dict[str, Any] = {}
     if recompute:
         options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")  # about a default that nobody set
+        if model.moe is not None:
+            return MoeTransformerConfig(**_transformer_options(model, stock), **options, moe=model.moe)
         return TransformerConfig(**_transformer_options(model, stock), **options)
 
 
@@ -82,8 +85,8 @@ def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
     return weight.fill_(float("nan"))
 
 
-def layer_spec(model: ModelConfig, rotary_table: torch.Tensor) -> ModuleSpec:
-    """One decoder layer on `zerokl.kernels`."""
+def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
+    """One decoder layer on `zerokl.kernels`, with a dense MLP or with experts."""
     head_norm = RMSNorm if model.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnLinear,
@@ -92,9 +95,10 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor) -> ModuleSpec:
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=RowLinear)
+    dense = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=RowLinear)
+    mlp = ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=dense)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=MoELayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -102,7 +106,7 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor) -> ModuleSpec:
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=mlp),
+            mlp=MoE if sparse else mlp,
             mlp_bda=residual_add,
         ),
     )
@@ -111,7 +115,7 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor) -> ModuleSpec:
 def build_model(model: ModelConfig, *, recompute: bool = False) -> ScoringModel:
     """A `ScoringModel` with unset (NaN) weights. Megatron's process groups must exist."""
     table = kernels.rotary_table(model.max_position_embeddings, model.head_dim, model.rope_theta)
-    layers = [layer_spec(model, table)] * model.num_hidden_layers
+    layers = [layer_spec(model, table, sparse=model.moe_at(i) is not None) for i in range(model.num_hidden_layers)]
     return ScoringModel(
         config=transformer_config(model, recompute=recompute),
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),

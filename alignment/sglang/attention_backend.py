@@ -31,7 +31,7 @@ class ZeroKLAttention(AttentionBackend):
     def __init__(self, runner: Any) -> None:
         super().__init__()
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.pool = runner.token_to_kv_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool  # by this name SGLang's model code asks for it
         self.page_size = runner.page_size
         self.batch: _Batch | None = None
         self.forwards = 0
@@ -66,7 +66,8 @@ class ZeroKLAttention(AttentionBackend):
         if unknown or self.batch is None:
             raise UnsupportedError(f"layer {layer.layer_id}: attention arguments {sorted(unknown)} are not supported")
         self.calls += 1
-        keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
+        pool = self.token_to_kv_pool
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         if save_kv_cache:
             # not the pool's own setter: its indexed assignment waits for torch's OpenMP threads at every layer
             keys.index_copy_(0, forward_batch.out_cache_loc, k)

@@ -10,10 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from zerokl.alignment.routing import Router, RoutingError, router_of
 from zerokl.alignment.sglang.errors import UnsupportedError
 from zerokl.alignment.types import Request
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM")
 
 DISABLED_HOOKS_KEY = "zerokl_disabled_hooks"
 """Key in the model config's overrides through which `EngineConfig.disabled_hooks` reaches SGLang's scheduler."""
@@ -27,6 +28,7 @@ class EngineConfig:
     max_total_tokens: slots of the KV cache; chunked_prefill_size: longest piece of a prompt in one forward pass;
     page_size: KV cache page (changes no bit); threads: CPU threads of the engine's arithmetic.
     stock: SGLang's own kernels instead of zerokl's, for control measurements.
+    capture_experts: return the experts every token went to with each generation (`alignment.routing_replay`).
     weight_loader: module with the functions ``load``, ``digest`` and ``flip_bit`` SGLang calls by name.
     log_path: file for the engine's output; by default in a temporary folder that goes with the engine.
     disabled_hooks: hooks to leave out, a fault for tests: the engine must then refuse to start.
@@ -34,6 +36,7 @@ class EngineConfig:
 
     model_path: str
     stock: bool = False
+    capture_experts: bool = False
     dtype: str = "bfloat16"
     context_length: int = 1024
     max_running_requests: int = 32
@@ -57,11 +60,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the checks need to know of a checkpoint."""
+    """What the checks need to know of a checkpoint; ``router`` None: it is dense."""
 
     architecture: str
     vocab_size: int
     max_positions: int
+    router: Router | None = None
 
 
 def inspect_model(model_path: str) -> ModelInfo:
@@ -79,8 +83,13 @@ def inspect_model(model_path: str) -> ModelInfo:
     try:
         config = json.loads(config_file.read_text())
         info = ModelInfo(
-            str(config["architectures"][0]), int(config["vocab_size"]), int(config["max_position_embeddings"])
+            str(config["architectures"][0]),
+            int(config["vocab_size"]),
+            int(config["max_position_embeddings"]),
+            router_of(config),
         )
+    except RoutingError as error:
+        raise UnsupportedError(f"{config_file}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{config_file} is damaged: {type(error).__name__}: {error}") from error
     _check_supported(info, config)
@@ -95,9 +104,10 @@ def _check_supported(info: ModelInfo, config: dict[str, Any]) -> None:
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rotated = 0.5 if info.architecture == "Glm4MoeForCausalLM" else 1  # where no key says otherwise
     found = {
         f"rotary scaling {rope_type!r}": rope_type != "default",
-        "partial_rotary_factor": config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", rotated)) != 1,
         f"hidden_act {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
         "quantization_config": config.get("quantization_config") is not None,
         "sliding-window attention": bool(config.get("use_sliding_window")),

@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from zerokl.alignment import routing_replay
 from zerokl.alignment.openmp import PASSIVE
 from zerokl.alignment.sglang import errors, protocol
 from zerokl.alignment.sglang.config import EngineConfig, check_requests, inspect_model
@@ -55,6 +56,8 @@ class RolloutEngine:
             raise ValueError(
                 f"context_length {config.context_length} exceeds the model's {self._model.max_positions} positions"
             )
+        if config.capture_experts and self._model.router is None:
+            raise errors.UnsupportedError(f"capture_experts: {self._model.architecture} is dense, it routes nothing")
         self._lock = threading.Lock()
         self._closed = ""
         self._folder = Path(tempfile.mkdtemp(prefix="zerokl-engine-"))
@@ -74,7 +77,9 @@ class RolloutEngine:
         check_requests(requests, self.config, self._model)
         message = protocol.Generate(tuple(requests))
         reply = self._ask(message, protocol.Generated, timeout_s, f"{len(requests)} generations")
-        return [_generation(tokens) for tokens in reply.generations]
+        return [
+            self._generation(index, *pair) for index, pair in enumerate(zip(requests, reply.generations, strict=True))
+        ]
 
     def load_weights(self, manifest: str, *, version: str, timeout_s: float) -> dict[str, str]:
         """Load the weights a shared-memory manifest (JSON) describes, flush the cache and record the version.
@@ -142,6 +147,22 @@ class RolloutEngine:
                 start_new_session=True,  # one process group to end them all
             )
 
+    def _generation(self, index: int, request: Request, tokens: protocol.Tokens) -> Generation:
+        routed, router = None, self._model.router
+        if self.config.capture_experts:
+            assert router is not None
+            fed = len(request.input_ids) + len(tokens.output_ids) - 1
+            routed = routing_replay.unpack(tokens.routed_experts or b"", router, fed, f"request {index}")
+        return Generation(
+            output_ids=tokens.output_ids,
+            logprobs=np.frombuffer(tokens.logprobs, dtype="<f4"),
+            raw_logprobs=np.frombuffer(tokens.raw_logprobs, dtype="<f4"),
+            finish_reason=tokens.finish_reason,
+            weight_version=tokens.weight_version,
+            cached_tokens=tokens.cached_tokens,
+            routed_experts=routed,
+        )
+
     def _ask(self, message: protocol.Message, expected: type, timeout_s: float, waiting_for: str) -> Any:
         with self._lock:
             if self._closed:
@@ -186,17 +207,6 @@ class RolloutEngine:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_CLOSE_S)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _generation(tokens: protocol.Tokens) -> Generation:
-    return Generation(
-        output_ids=tokens.output_ids,
-        logprobs=np.frombuffer(tokens.logprobs, dtype="<f4"),
-        raw_logprobs=np.frombuffer(tokens.raw_logprobs, dtype="<f4"),
-        finish_reason=tokens.finish_reason,
-        weight_version=tokens.weight_version,
-        cached_tokens=tokens.cached_tokens,
-    )
 
 
 def _exception(failed: protocol.Failed) -> Exception:

@@ -8,6 +8,7 @@ soon as the socket to its owner closes.
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.metadata
 import importlib.util
 import json
@@ -26,15 +27,23 @@ from typing import Any
 
 import numpy as np
 
+from zerokl.alignment import routing_replay
+from zerokl.alignment.routing import Router
 from zerokl.alignment.sglang import protocol
-from zerokl.alignment.sglang.config import DISABLED_HOOKS_KEY, EngineConfig
+from zerokl.alignment.sglang.config import DISABLED_HOOKS_KEY, EngineConfig, inspect_model
 from zerokl.alignment.sglang.errors import EngineError
 from zerokl.alignment.sglang.report import check_report
 from zerokl.alignment.types import Request
 
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
 _FLUSH_S = 30.0
-_MODEL_MODULES = ("llama", "qwen2", "qwen3")
+_MODEL_MODULES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+}
+"""The file below SGLang's ``models`` that holds an architecture."""
 
 
 def main(fd: int) -> None:
@@ -87,10 +96,12 @@ class _Server:
             from zerokl.alignment.sglang import cpu_shims
 
             cpu_shims.activate()
-        _skip_unused_models()
+        model = inspect_model(config.model_path)
+        _skip_unused_models(_MODEL_MODULES[model.architecture])
         import sglang
 
         self.config = config
+        self.capture = model.router if config.capture_experts else None
         self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
         self.version = "default"
         report = self._warm_up()
@@ -105,7 +116,7 @@ class _Server:
     def serve(self, command: protocol.Command) -> protocol.Message:
         match command:
             case protocol.Generate(requests):
-                return protocol.Generated(self._run(_generate(self.engine, requests)))
+                return protocol.Generated(self._run(_generate(self.engine, requests, self.capture)))
             case protocol.LoadWeights(manifest, version):
                 return self._load(manifest, version)
             case protocol.WeightsDigest():
@@ -184,20 +195,34 @@ def _require(call: str, outcome: tuple[bool, str]) -> None:
         raise EngineError(f"SGLang refused {call}: {message}")
 
 
-async def _generate(engine: Any, requests: Sequence[Request]) -> tuple[protocol.Tokens, ...]:
-    """Submit every request at its arrival time; the results come in the order of the requests."""
+async def _generate(engine: Any, requests: Sequence[Request], capture: Router | None) -> tuple[protocol.Tokens, ...]:
+    """Submit every request at its arrival time; the results come in the order of the requests.
+
+    ``capture``: the router whose choices come with the results.
+    """
 
     async def one(request: Request) -> dict[str, Any]:
         await asyncio.sleep(request.arrival_s)
         return await engine.async_generate(
-            input_ids=list(request.input_ids), sampling_params=_sampling_params(request), return_logprob=True
+            input_ids=list(request.input_ids),
+            sampling_params=_sampling_params(request),
+            return_logprob=True,
+            return_routed_experts=capture is not None,
         )
 
     results = await asyncio.gather(*(one(request) for request in requests), return_exceptions=True)
     for index, result in enumerate(results):
         if isinstance(result, BaseException):
             raise EngineError(f"request {index}: {type(result).__name__}: {result}") from result
-    return tuple(_tokens(index, result) for index, result in enumerate(results))  # type: ignore[arg-type]
+    answered = enumerate(zip(requests, results, strict=True))
+    return tuple(_tokens(index, request, result, capture) for index, (request, result) in answered)  # type: ignore[arg-type]
+
+
+def _routed(index: int, prompt: int, result: dict[str, Any], router: Router) -> bytes:
+    """The request's routing record. SGLang hands its captured int32 indices on as base64."""
+    captured = np.frombuffer(base64.b64decode(result["meta_info"].get("routed_experts", "")), "<i4")
+    tokens = prompt + len(result["output_ids"]) - 1
+    return routing_replay.pack(captured, router, tokens, f"request {index}").tobytes()
 
 
 def _sampling_params(request: Request) -> dict[str, Any]:
@@ -213,7 +238,7 @@ def _sampling_params(request: Request) -> dict[str, Any]:
     }
 
 
-def _tokens(index: int, result: dict[str, Any]) -> protocol.Tokens:
+def _tokens(index: int, request: Request, result: dict[str, Any], capture: Router | None) -> protocol.Tokens:
     meta, ids = result["meta_info"], tuple(result["output_ids"])
     reason = meta["finish_reason"]
     if reason["type"] not in ("stop", "length"):
@@ -229,6 +254,7 @@ def _tokens(index: int, result: dict[str, Any]) -> protocol.Tokens:
         finish_reason=reason["type"],
         weight_version=meta["weight_version"],
         cached_tokens=meta["cached_tokens"],
+        routed_experts=None if capture is None else _routed(index, len(request.input_ids), result, capture),
     )
 
 
@@ -248,6 +274,8 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "sleep_on_idle": True,  # or an idle scheduler spins, on a core that the trainer needs
         "disable_overlap_schedule": True,  # log-probabilities leave the sampler as Python floats
         "custom_weight_loader": loaders,
+        "disable_shared_experts_fusion": True,  # the shared expert is added last, not as one slot among others
+        "enable_return_routed_experts": config.capture_experts,
         "log_level": "warning",
     }
     if config.disabled_hooks:
@@ -257,13 +285,13 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
     return args
 
 
-def _skip_unused_models() -> None:
+def _skip_unused_models(needed: str) -> None:
     """Keep SGLang from importing its two hundred other model files, which takes seconds in each process."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or spec.origin is None:
         raise EngineError("SGLang is not installed: pip install sglang==0.5.23")
     models = (Path(spec.origin).parent / "srt" / "models").glob("*.py")
-    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(m.stem for m in models if m.stem not in _MODEL_MODULES)
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(m.stem for m in models if m.stem != needed)
 
 
 def _versions() -> dict[str, str]:

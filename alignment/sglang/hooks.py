@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -24,13 +31,17 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.runtime_context import get_parallel
 
 from zerokl import kernels
-from zerokl.alignment.sglang import sampling
+from zerokl.alignment.routing import Router, router_of
+from zerokl.alignment.sglang import moe_hooks, sampling
 from zerokl.alignment.sglang.config import ARCHITECTURES, DISABLED_HOOKS_KEY
 from zerokl.alignment.sglang.errors import UnsupportedError
 
 CONTAINERS = {
     "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
     "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",
+    "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeSparseMoeBlock",
+    "Glm4MoeForCausalLM", "Glm4MoeModel", "Glm4MoeDecoderLayer", "Glm4MoeAttention", "Glm4MoeMLP",
+    "UnquantizedFusedMoEMethod",  # a child of the experts, whose forward is bound
     "ModuleList", "Pooler",
 }  # fmt: skip
 """Module types that compute nothing themselves on the path from token ids to log-probabilities."""
@@ -60,6 +71,7 @@ class Binding:
     """All hooks of one engine, with the attention backend and the sampler that run beside them."""
 
     architecture: str
+    layers: int
     hooks: dict[str, Hook]
     backend: Any
     sampler: Any
@@ -77,8 +89,7 @@ class Binding:
             }
             for hook in self.hooks.values()
         ]
-        layers = self.hooks["silu_and_mul"].per_forward
-        rows.append(_built("attention", "attention_paged", layers, self.backend.calls))
+        rows.append(_built("attention", "attention_paged", self.layers, self.backend.calls))
         rows.append(_built("sample", "sample", 1, self.sampler.calls))
         return {"architecture": self.architecture, "forwards": self.backend.forwards, "hooks": rows}
 
@@ -96,29 +107,39 @@ def bind(runner: Any, backend: Any) -> Binding:
     _check_layout(runner)
     config = model.config
     runner.sampler = sampling.create()
-    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, architecture)}
+    router = router_of(config.to_dict() | {"architectures": [architecture]})
+    head_norms = architecture != "LlamaForCausalLM" and getattr(config, "use_qk_norm", True)
+    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, head_norms, router)}
     disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
-        if type(module) not in _BINDERS:
+        binder = _BINDERS.get(type(module)) or _MODEL_BINDERS.get(type(module).__name__)
+        if binder is None:
             if type(module).__name__ not in CONTAINERS:
                 raise UnsupportedError(f"module {name} is a {type(module).__name__}, which zerokl does not define")
             continue
-        bind_module, names = _BINDERS[type(module)]
+        bind_module, names = binder
         if disabled.isdisjoint(names):
             bind_module(name, module, *(table[key] for key in names))
-    return Binding(architecture, table, backend, runner.sampler)
+    return Binding(architecture, config.num_hidden_layers, table, backend, runner.sampler)
 
 
-def _expected(layers: int, architecture: str) -> Iterator[Hook]:
+def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[Hook]:
     """The hooks and how often one forward pass must call each."""
-    head_norms = 2 * layers if architecture == "Qwen3ForCausalLM" else 0
+    sparse = 0 if router is None else router.sparse_layers
+    shared = 0 if router is None or not router.shared_experts else sparse
     yield Hook("embedding", "embedding", 1)
-    yield Hook("linear", "linear", 4 * layers)
-    yield Hook("rms_norm", "rms_norm", 1 + head_norms)
+    yield Hook("linear", "linear", 2 * layers + 2 * (layers - sparse + shared))
+    yield Hook("rms_norm", "rms_norm", 1 + (2 * layers if head_norms else 0))
     yield Hook("add_rms_norm", "rms_norm", 2 * layers)
     yield Hook("rotary", "rotary", layers)
-    yield Hook("silu_and_mul", "silu_and_mul", layers)
+    yield Hook("silu_and_mul", "silu_and_mul", layers + shared)
     yield Hook("lm_head", "linear", 1)
+    if sparse:
+        yield Hook("router_gate", "linear", sparse)
+        yield Hook("router_topk", "router_topk", sparse)
+        yield Hook("moe_permute", "moe_permute", sparse)
+        yield Hook("grouped_linear", "grouped_linear", 2 * sparse)
+        yield Hook("moe_combine", "moe_combine", sparse)
 
 
 def _check_layout(runner: Any) -> None:
@@ -236,6 +257,11 @@ def _check_attention(name: str, module: Any) -> None:
         raise UnsupportedError(f"module {name}: only plain causal attention is supported (no window, cap or scales)")
 
 
+def _write_the_cache_apart(name: str, module: Any) -> None:  # noqa: ARG001
+    """On CUDA this model's rotary embedding would also store keys and values; the attention backend does."""
+    module.compatible_with_fused_kv_buffer = False
+
+
 def _ignore(name: str, module: Any) -> None:
     """An untied LM head is only a weight: `_compute_lm_head` reads it."""
 
@@ -251,5 +277,15 @@ _BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
     SiluAndMul: (_bind_silu, ("silu_and_mul",)),
     RadixAttention: (_check_attention, ()),
     LogitsProcessor: (_bind_logits, ("lm_head",)),
+    ReplicatedLinear: (moe_hooks.bind_gate, ("router_gate",)),
+    TopK: (moe_hooks.bind_topk, ("router_topk",)),
+    FusedMoE: (moe_hooks.bind_experts, ("moe_permute", "grouped_linear", "silu_and_mul", "moe_combine")),
 }
 """For each module type: what binds it, and the hooks it is bound to."""
+
+_MODEL_BINDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "Qwen3MoeAttention": (_write_the_cache_apart, ()),
+    "Glm4MoeGate": (moe_hooks.bind_wide_gate, ("router_gate",)),
+    "Glm4MoeSparseMoeBlock": (moe_hooks.bind_block, ("moe_combine",)),
+}
+"""The same for types of one model's own file, by name: importing the file would cost every engine seconds."""

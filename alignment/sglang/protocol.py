@@ -17,7 +17,7 @@ import msgspec
 from zerokl.alignment.sglang.config import EngineConfig
 from zerokl.alignment.types import Request
 
-MAX_FRAME = 1 << 28  # 256 MiB: thousands of long requests; far below anything that could exhaust memory
+MAX_FRAME = 1 << 30  # 1 GiB: a thousand long requests with their routing; below what could exhaust memory
 RAW_LOGPROB = "zerokl_raw_logprob"
 """The key under which SGLang carries each token's raw log-probability in a response's ``meta_info``."""
 
@@ -67,7 +67,8 @@ class Ready(Message, frozen=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One generation; the log-probabilities are raw little-endian fp32, so their bits arrive as they left."""
+    """One generation; the log-probabilities are raw little-endian fp32, so their bits arrive as they left, and
+    ``routed_experts`` are the bytes of a routing record (`routing_replay.pack`)."""
 
     output_ids: tuple[int, ...]
     logprobs: bytes
@@ -75,6 +76,7 @@ class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     finish_reason: str
     weight_version: str
     cached_tokens: int
+    routed_experts: bytes | None
 
 
 class Generated(Message, frozen=True):

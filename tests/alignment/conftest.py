@@ -32,6 +32,9 @@ def _make(config_class: str, folder: Path, **options) -> Path:
         for name, parameter in model.named_parameters():
             if "norm" in name:  # all ones would hide a norm that forgets its weight
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.1, 0.1)
     model.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
@@ -39,11 +42,41 @@ def _make(config_class: str, folder: Path, **options) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
-    """Random models: Llama untied; Qwen3 tied and untied, with heads wider than hidden_size / heads."""
+    """Random models: Llama untied; Qwen3 tied and untied, with heads wider than hidden_size / heads; two sparse
+    ones, of which the second has a dense layer first, groups of experts, a selection bias and shared experts."""
     root = tmp_path_factory.mktemp("models")
     return {
         "llama": _make("LlamaConfig", root / "llama", head_dim=32, tie_word_embeddings=False, rope_theta=1e5),
         "qwen3-tied": _make("Qwen3Config", root / "qwen3-tied", head_dim=64, tie_word_embeddings=True),
+        "qwen3-moe": _make(
+            "Qwen3MoeConfig",
+            root / "qwen3-moe",
+            head_dim=32,
+            tie_word_embeddings=False,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
+        ),
+        "glm4-moe": _make(
+            "Glm4MoeConfig",
+            root / "glm4-moe",
+            head_dim=32,
+            tie_word_embeddings=False,
+            use_qk_norm=True,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            num_mtp_layers=0,
+            first_k_dense_replace=1,
+            partial_rotary_factor=1.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0},
+        ),
         "qwen3": _make("Qwen3Config", root / "qwen3", head_dim=64, tie_word_embeddings=False),
     }
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from zerokl.alignment.megatron.convert import hf_shapes, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 
-NAMES = ["llama", "qwen3-tied", "qwen3"]
+NAMES = ["llama", "qwen3-tied", "qwen3", "qwen3-moe", "glm4-moe"]
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def assert_round_trip(folder):
     back = dict(megatron_to_hf(config, hf_to_megatron(config, read_hf_weights(folder, config))))
     assert back.keys() == source.keys() == hf_shapes(config).keys()
     for key, tensor in source.items():
+        assert back[key].dtype == tensor.dtype
         assert torch.equal(back[key].view(torch.int16), tensor.view(torch.int16)), key
 
 
@@ -64,6 +65,18 @@ def test_gate_and_up_are_views(tiny_models):
     up = dict(megatron_to_hf(config, state))["model.layers.1.mlp.up_proj.weight"]
     storage = state["decoder.layers.1.mlp.linear_fc1.weight"].untyped_storage()
     assert up.untyped_storage().data_ptr() == storage.data_ptr()
+
+
+def test_an_experts_tensors_are_views_of_the_stacked_ones(tiny_models):
+    config = ModelConfig.load(tiny_models["qwen3-moe"])
+    hf = read_hf_weights(tiny_models["qwen3-moe"], config)
+    state = hf_to_megatron(config, hf)
+    fc1 = state["decoder.layers.1.mlp.experts.linear_fc1.weight"]
+    width = config.moe.intermediate_size
+    assert fc1.shape == (8, 2 * width, 128)
+    assert torch.equal(fc1[5, :width], hf["model.layers.1.mlp.experts.5.gate_proj.weight"])
+    up = dict(megatron_to_hf(config, state))["model.layers.1.mlp.experts.5.up_proj.weight"]
+    assert up.data_ptr() == fc1[5, width:].data_ptr()
 
 
 def test_sharded_checkpoint(tiny_models, tmp_path):
@@ -132,6 +145,50 @@ def test_unsupported_configs(broken, changes, message):
     edit_config(broken, **changes)
     with pytest.raises(ModelError, match=message):
         ModelConfig.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 3}, "2 of 3 groups of 16 experts do not exist"),
+        ({"topk_group": 5}, "5 of 4 groups of 16 experts do not exist"),
+        ({"first_k_dense_replace": 2}, "leaves no sparse layer of 2"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number"),
+        ({"n_shared_experts": 0}, "n_shared_experts must be a positive integer"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": None}, "partial_rotary_factor is not"),
+    ],
+)
+def test_unsupported_groups_and_shared_experts(tiny_models, tmp_path, changes, message):
+    folder = shutil.copytree(tiny_models["glm4-moe"], tmp_path / "model")
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        ModelConfig.load(folder)
+
+
+def test_a_selection_bias_stays_fp32(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["glm4-moe"], tmp_path / "model")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit_weights(folder, lambda w: w.update({name: w[name].bfloat16()}))
+    with pytest.raises(ModelError, match=r"e_score_correction_bias is torch\.bfloat16, needs torch\.float32"):
+        read_hf_weights(folder, ModelConfig.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [0]}, "every layer must be sparse"),
+        ({"decoder_sparse_step": 2}, "every layer must be sparse"),
+        ({"num_local_experts": None}, "num_local_experts must be a positive integer"),
+        ({"num_experts_per_tok": 9}, "9 experts per token of 8"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a positive integer"),
+    ],
+)
+def test_unsupported_experts(tiny_models, tmp_path, changes, message):
+    folder = shutil.copytree(tiny_models["qwen3-moe"], tmp_path / "model")
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        ModelConfig.load(folder)
 
 
 def test_missing_folder_and_bad_json(tmp_path):

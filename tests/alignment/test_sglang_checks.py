@@ -1,5 +1,6 @@
 """What the SGLang binding refuses before, or without, starting an engine."""
 
+import base64
 import json
 import shutil
 import socket
@@ -8,11 +9,13 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
+from zerokl.alignment.routing import RoutingError
 from zerokl.alignment.sglang import EngineConfig, RolloutEngine, protocol
 from zerokl.alignment.sglang.config import inspect_model
-from zerokl.alignment.sglang.engine_child import _require
+from zerokl.alignment.sglang.engine_child import _require, _routed
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.sglang.report import check_report
 from zerokl.alignment.types import Request, SamplingParams
@@ -46,6 +49,38 @@ def test_unsupported_models_are_named(model, changes, message):
     edit(model, **changes)
     with pytest.raises(UnsupportedError, match=message):
         RolloutEngine(EngineConfig(str(model)))
+
+
+def test_a_sparse_model_is_described(tiny_models):
+    assert inspect_model(str(tiny_models["llama"])).router is None
+    router = inspect_model(str(tiny_models["glm4-moe"])).router
+    assert (router.experts, router.top_k, router.first_layer, router.sparse_layers) == (16, 4, 1, 1)
+    assert (router.scoring, router.groups, router.keep_groups, router.scale) == ("sigmoid", 4, 2, 2.5)
+
+
+def test_a_sparse_model_of_an_unknown_kind_is_refused(tiny_models, tmp_path):
+    folder = Path(shutil.copytree(tiny_models["qwen3-moe"], tmp_path / "moe"))
+    edit(folder, mlp_only_layers=[1])
+    with pytest.raises(UnsupportedError, match="every layer must be sparse"):
+        inspect_model(str(folder))
+
+
+def test_only_a_sparse_model_has_experts_to_capture(model):
+    with pytest.raises(UnsupportedError, match="capture_experts: LlamaForCausalLM is dense"):
+        RolloutEngine(EngineConfig(str(model), context_length=256, capture_experts=True))
+
+
+def test_captured_experts_leave_as_bytes_or_not_at_all(tiny_models):
+    router = inspect_model(str(tiny_models["glm4-moe"])).router
+    captured = np.zeros((4, 2, 4), "<i4")  # prompt of 2, answer of 3: 4 tokens were fed; the first layer is dense
+    captured[:, 1] = [3, 0, 15, 7]
+    encoded = base64.b64encode(captured.tobytes()).decode()
+    result = {"output_ids": [1, 2, 3], "meta_info": {"routed_experts": encoded}}
+    assert _routed(0, 2, result, router) == bytes([3, 0, 15, 7] * 4)
+    with pytest.raises(RoutingError, match="request 5: 32 expert indices were captured"):
+        _routed(5, 3, result, router)
+    with pytest.raises(RoutingError, match="request 5: 0 expert indices were captured"):
+        _routed(5, 2, result | {"meta_info": {}}, router)
 
 
 def test_damaged_models_are_refused(model):

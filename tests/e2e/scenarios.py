@@ -10,16 +10,21 @@ from pathlib import Path
 
 import torch
 
+from zerokl.alignment.megatron.model_config import ModelConfig
+from zerokl.alignment.megatron.moe_faults import sparse_layers
 from zerokl.alignment.megatron.optimizer import OptimizerSettings
 from zerokl.alignment.megatron.policy import MegatronPolicy
 from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 from zerokl.alignment.types import PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
+from zerokl.orchestrate import faults
 from zerokl.orchestrate.scoring import score
 from zerokl.weightsync.push import push
 
 CHUNK = 64
 VOCAB = 300  # ids that all test models have
+# the last one changes a bias that not every model has, and stays in the policy
+ROUTER_FAULTS: tuple[faults.Fault, ...] = ("replay-shift", "routing-slots", "combine-order", "tie-break", "stale-bias")
 
 
 def requests(
@@ -48,21 +53,35 @@ def train_and_push(policy: MegatronPolicy, engine: RolloutEngine, made: list[Req
     push(policy.named_weights(), engine, version="1", timeout_s=300)
 
 
+def router_faults(config: ModelConfig) -> tuple[faults.Fault, ...]:
+    if config.moe is None:
+        return ()
+    return ROUTER_FAULTS if config.moe.router.bias else ROUTER_FAULTS[:-1]
+
+
 def main(model: str, out: Path) -> None:
     torch.manual_seed(0)
-    config = EngineConfig(model, chunked_prefill_size=CHUNK, context_length=400, max_running_requests=32)
-    policy = MegatronPolicy(model, optimizer=OptimizerSettings(learning_rate=1e-4))
-    results = {}
+    architecture = ModelConfig.load(model)
+    sparse = architecture.moe is not None
+    config = EngineConfig(
+        model, chunked_prefill_size=CHUNK, context_length=400, max_running_requests=32, capture_experts=sparse
+    )
+    policy = MegatronPolicy(
+        model, optimizer=OptimizerSettings(learning_rate=1e-4), replay="check" if sparse else "off", recompute=sparse
+    )
+    results, injected = {}, {}
     with RolloutEngine(config, start_timeout_s=300) as engine:
 
-        def check(name: str, made: list[Request]) -> None:
-            generations = engine.generate(made, timeout_s=300)
+        def check(name: str, made: list[Request], fault: faults.Fault | None = None) -> None:
+            generations = faults.damage_records(fault, engine.generate(made, timeout_s=300))
+            before = policy.differing_tokens
             found = compare(generations, score(policy, made, generations))
-            results[name] = found.to_json() | {
+            (injected if fault else results)[name] = found.to_json() | {
                 "equal": found.equal,
                 "cached_tokens": sum(g.cached_tokens for g in generations),
                 "versions": sorted({g.weight_version for g in generations}),
                 "expected_tokens": sum(r.sampling.max_new_tokens for r in made),
+                "differing_tokens": policy.differing_tokens - before,
             }
 
         for count in (1, 2, 7, 32):
@@ -80,10 +99,27 @@ def main(model: str, out: Path) -> None:
         check("after a step and a weight sync", requests(8, seed=60))
         same = engine.weights_digest(timeout_s=60) == policy.weights_digest()
         check("after the weight sync, warm prefix", with_prefix(prefix, requests(4, seed=53)))
+        for fault in router_faults(architecture):
+            policy.replay = "check" if fault == "replay-shift" else "off"
+            faults.plant(fault, engine, policy)
+            check(fault, requests(24, seed=63, new=12), fault)
+            for layer in sparse_layers(policy.model):
+                layer.__dict__.pop("topk", None)  # the router of the class again
+        policy.replay = "off"
         # an engine that missed the update must be found out
         policy.train_step([PackedBatch.pack(*_sampled(engine))], lambda logprobs, _: -logprobs.mean())
         check("engine one step behind", requests(4, seed=61))
-    out.write_text(json.dumps({"scenarios": results, "digests_equal_after_sync": same}))
+    out.write_text(
+        json.dumps(
+            {
+                "scenarios": results,
+                "digests_equal_after_sync": same,
+                "architecture": architecture.architecture,
+                "faults": injected,
+                "hooks": {row["hook"]: row["calls"] for row in engine.manifest()["hooks"]["hooks"]},
+            }
+        )
+    )
 
 
 def _sampled(engine: RolloutEngine):

@@ -39,10 +39,15 @@ def test_sampling_options_and_own_prompts(verify, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "two words"}, {"prompt": [{"role": "user", "content": "hi"}]}, {"input_ids": [5, 6, 7]}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, found, printed = verify("tiny-qwen3", "--prompts", prompts, "--temperature", "0.7", "--top-p", "0.9", *FEW)
+    sampling = ("--temperature", "0.7", "--top-p", "0.9", "--max-new-tokens", "80")
+    code, found, printed = verify("tiny-qwen3_moe", "--prompts", prompts, "--replay", "check", *sampling)
     assert code == 0, printed
     assert found["requests"] == 3
     assert found["tokens"] > 0
+    assert found["routing"] == {"replay": "check", "differing_tokens": 0}
+    assert "routed otherwise  0 tokens" in printed
+    assert found["manifest"]["ops"]["router_topk"]["rollout_calls"] > 0
+    assert found["manifest"]["ops"]["router_topk"]["trainer_calls"] > 0
 
 
 @pytest.mark.parametrize("fault", ["ulp", "nan", "weight-bit"])

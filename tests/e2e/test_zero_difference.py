@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = ("tiny-llama", "tiny-qwen3", "smollm2-135m")
+MODELS = ("tiny-llama", "tiny-qwen3", "tiny-qwen3_moe", "tiny-glm4_moe", "smollm2-135m")
 EQUAL = (
     "batch 1", "batch 2", "batch 7", "batch 32", "longer than a prefill chunk", "prefix-cache hit", "temperature 0.6",
     "temperature 1.7, top-p 0.8", "top-k 20, top-p 0.9", "greedy", "arrivals while others decode",
@@ -35,6 +35,7 @@ def test_no_bit_differs(outcome, scenario):
     assert found["tokens"] == found["expected_tokens"]
     assert (found["mismatched_tokens"], found["max_abs_diff"], found["nonfinite"]) == (0, 0.0, 0)
     assert found["kl"] == {"k1": 0.0, "k2": 0.0, "k3": 0.0}
+    assert found["differing_tokens"] == 0
 
 
 def test_the_scenarios_reach_what_they_are_named_for(outcome):
@@ -51,3 +52,23 @@ def test_an_engine_that_missed_an_update_is_found(outcome):
     assert not stale["equal"]
     assert stale["mismatched_tokens"] > stale["tokens"] // 2
     assert stale["first_mismatch"]["rollout"] != stale["first_mismatch"]["trainer"]
+
+
+def test_sparse_layers_ran_on_our_ops(outcome):
+    sparse = {"Qwen3MoeForCausalLM": 2, "Glm4MoeForCausalLM": 2}.get(outcome["architecture"])
+    names = {"router_gate": 1, "router_topk": 1, "moe_permute": 1, "grouped_linear": 2, "moe_combine": 1}
+    forwards = 2  # of the warm-up
+    expected = {} if sparse is None else {name: forwards * sparse * calls for name, calls in names.items()}
+    assert {name: calls for name, calls in outcome["hooks"].items() if name in names} == expected
+
+
+def test_every_fault_of_a_router_is_found(outcome):
+    found = outcome["faults"]
+    assert len(found) == {"Qwen3MoeForCausalLM": 4, "Glm4MoeForCausalLM": 5}.get(outcome["architecture"], 0)
+    for fault, scenario in found.items():
+        assert not scenario["equal"], fault
+        assert scenario["mismatched_tokens"] > 0, fault
+    if found:
+        shifted = found["replay-shift"]
+        assert shifted["differing_tokens"] > shifted["tokens"] // 2
+        assert shifted["mismatched_tokens"] > shifted["tokens"] // 2

@@ -17,6 +17,11 @@ def tiny(tmp_path_factory):
     return models.tiny("llama", tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def tiny_moe(tmp_path_factory):
+    return models.tiny("qwen3_moe", tmp_path_factory.mktemp("models") / "tiny")
+
+
 @pytest.fixture
 def zerokl(capsys, monkeypatch, tmp_path):
     """zerokl(arguments...) -> (exit code, stdout, stderr), in this process and in an empty folder."""
@@ -105,6 +110,51 @@ def test_bad_prompt_files(zerokl, tiny, tmp_path, text, message):
 )  # fmt: skip
 def test_bad_options(zerokl, tiny, options):
     assert zerokl("verify", "--model", tiny, *options)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--replay", "check"], "--replay check: LlamaForCausalLM is dense, it routes nothing"),
+        (["--inject", "combine-order"], "--inject combine-order: LlamaForCausalLM is dense"),
+    ],
+)
+def test_routing_options_need_a_sparse_model(zerokl, tiny, options, message):
+    code, _, err = zerokl("verify", "--model", tiny, *options)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--control", "stock"], "stock layers of mixture-of-experts models are not supported"),
+        (["--inject", "replay-shift"], "nothing is replayed"),
+        (["--inject", "tie-break", "--replay", "on"], "a replayed choice breaks no tie"),
+        (["--inject", "stale-bias"], "Qwen3MoeForCausalLM has no selection bias"),
+    ],
+)
+def test_options_a_sparse_model_has_no_place_for(zerokl, tiny_moe, options, message):
+    code, _, err = zerokl("verify", "--model", tiny_moe, *options)
+    assert code == 2
+    assert message in err
+
+
+def test_a_recipe_whose_model_cannot_do_what_it_says(zerokl, tiny, tiny_moe):
+    recipe = RECIPES / "tiny.toml"
+    for model, change, message in [
+        (tiny, "train.routing_replay=check", "LlamaForCausalLM routes nothing"),
+        (tiny_moe, "control.enabled=true", "mixture-of-experts models are not supported"),
+        (tiny_moe, "train.routing_replay=maybe", "train.routing_replay"),
+    ]:
+        code, _, err = zerokl("train", recipe, "--dry-run", "--set", f"model.name={model}", "--set", change)
+        assert code == 2
+        assert message in err
+    code, out, _ = zerokl(
+        "train", recipe, "--dry-run", "--set", f"model.name={tiny_moe}", "--set", "train.routing_replay=check"
+    )
+    assert code == 0
+    assert 'routing_replay = "check"' in out
 
 
 def test_a_result_that_could_not_be_written_is_refused_first(zerokl, tiny, tmp_path):

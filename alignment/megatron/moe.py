@@ -1,0 +1,145 @@
+"""The sparse layer of Megatron's side: router, experts and combination by `zerokl.kernels`.
+
+Megatron's own `MoELayer` dispatches through masks and probabilities, whose order of addition is its own. This layer
+stands in its place in the layer spec, on one rank, and adds weight gradients to Megatron's main gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zerokl import kernels
+from zerokl.alignment.megatron.core import MegatronModule, TransformerConfig, TransformerLayer
+from zerokl.alignment.megatron.model_config import MoeConfig
+from zerokl.alignment.megatron.modules import PackedPositions
+from zerokl.alignment.routing_replay import Replay
+
+
+@dataclass(kw_only=True)
+class MoeTransformerConfig(TransformerConfig):
+    """TransformerConfig that carries the sparse layers' rules to the modules Megatron builds with it.
+
+    Not Megatron's own fields: they cannot say all that a `Router` says, and switch on parts that are not used here.
+    """
+
+    moe: MoeConfig
+
+
+class Weight(torch.nn.Module):
+    """A parameter with a name of its own, of one matrix or one per expert."""
+
+    def __init__(self, config: TransformerConfig, *shape: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+        config.init_method(self.weight.data)
+
+
+class RouterWeight(Weight):
+    """The router's matrix [E, H], and the selection bias fp32 [E] where the model has one."""
+
+    expert_bias: torch.Tensor | None
+
+    def __init__(self, config: MoeTransformerConfig) -> None:
+        experts = config.moe.router.experts
+        super().__init__(config, experts, config.hidden_size)
+        bias = torch.full((experts,), float("nan"), dtype=torch.float32) if config.moe.router.bias else None
+        self.register_buffer("expert_bias", bias)
+
+
+class SharedExperts(torch.nn.Module):
+    """SwiGLU that every token passes: fc1 [2 F, H], fc2 [H, F]."""
+
+    def __init__(self, config: MoeTransformerConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = Weight(config, 2 * config.moe.shared_size, config.hidden_size)
+        self.linear_fc2 = Weight(config, config.hidden_size, config.moe.shared_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """bf16 [T, H] -> the same shape."""
+        return kernels.linear(kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight)), self.linear_fc2.weight)
+
+
+class Experts(torch.nn.Module):
+    """SwiGLU experts: fc1 [E, 2 F, H] (gate rows, then up rows), fc2 [E, H, F]."""
+
+    def __init__(self, config: MoeTransformerConfig) -> None:
+        super().__init__()
+        experts, ffn, hidden = config.moe.router.experts, config.moe.intermediate_size, config.hidden_size
+        self.linear_fc1 = Weight(config, experts, 2 * ffn, hidden)
+        self.linear_fc2 = Weight(config, experts, hidden, ffn)
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """bf16 [R, H], rows grouped by expert at ``offsets`` [E + 1] -> the same shape."""
+        h = kernels.silu_and_mul(kernels.grouped_linear(x, self.linear_fc1.weight, offsets))
+        return kernels.grouped_linear(h, self.linear_fc2.weight, offsets)
+
+
+class MoE(MegatronModule):
+    """Routes every token to its experts and adds their outputs in slot order (contract R8)."""
+
+    def __init__(self, config: MoeTransformerConfig, **_unused: Any) -> None:
+        super().__init__(config=config)
+        if (config.tensor_model_parallel_size, config.expert_model_parallel_size) != (1, 1):
+            raise NotImplementedError(
+                "MoE: experts split over ranks are not supported; set tensor_model_parallel_size and "
+                "expert_model_parallel_size to 1"
+            )
+        self.rules = config.moe.router
+        self.groups = kernels.Groups(self.rules.groups, self.rules.keep_groups)
+        self.router = RouterWeight(config)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExperts(config) if config.moe.shared_size else None
+        self.layer = -1
+        self.replay: Replay | None = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's numbers start at 1."""
+        self.layer = layer_number - 1
+
+    def forward(self, hidden_states: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, None]:
+        """bf16 [T, 1, H] -> the same shape, and no bias."""
+        if padding_mask is not None:
+            raise NotImplementedError("MoE: padding_mask is not supported; sequences are packed")
+        x = hidden_states.flatten(0, 1)
+        routing = self.route(kernels.linear(x, self.router.weight, out_dtype=torch.float32))
+        rows, permutation = kernels.moe_permute(x, routing.indices, self.rules.experts)
+        y = self.experts(rows, permutation.offsets)
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        return kernels.moe_combine(y, permutation, routing.weights, shared=shared).view_as(hidden_states), None
+
+    def route(self, logits: torch.Tensor) -> kernels.Routing:
+        """The experts of every token: replayed where there is a replay, else chosen; weights by the live ``logits``."""
+        if self.replay is None:
+            return self.topk(logits)
+        if self.replay.check:
+            self.replay.compare(self.layer, self.topk(logits.detach()).indices)
+        return self.topk(logits, self.replay.take(self.layer))
+
+    def topk(self, logits: torch.Tensor, replay: torch.Tensor | None = None) -> kernels.Routing:
+        """The model's own router on fp32 [T, E], or along the experts [T, top_k] of ``replay``."""
+        rules = self.rules
+        return kernels.router_topk(
+            logits,
+            rules.top_k,
+            scoring=rules.scoring,
+            groups=self.groups,
+            bias=self.router.expert_bias,
+            renormalize=rules.renormalize,
+            scale=rules.scale,
+            replay=replay,
+        )
+
+
+class MoELayer(TransformerLayer):
+    """A decoder layer that tells its MoE which micro-batch runs.
+
+    The micro-batch arrives with the call, so a recomputation in the backward replays its own records, whatever other
+    micro-batches ran in between.
+    """
+
+    def forward(self, *args: Any, packed_seq_params: PackedPositions | None = None, **kwargs: Any) -> Any:
+        self.mlp.replay = None if packed_seq_params is None else packed_seq_params.replay
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
