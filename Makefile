@@ -21,7 +21,7 @@ $(VENV)/.locked: requirements/torch.txt requirements/cpu.txt | $(BIN)/python
 	$(PIP) --no-deps -r requirements/cpu.txt
 	@touch $@
 
-$(EXTENSION): $(VENV)/.locked setup.py pyproject.toml CMakeLists.txt kernels/contract.py $(wildcard kernels/cpu/*)
+$(EXTENSION): $(VENV)/.locked setup.py pyproject.toml CMakeLists.txt kernels/contract.py $(wildcard kernels/cpu/* kernels/cuda/*)
 	@echo "building the compiled operators"
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
@@ -52,6 +52,7 @@ sanitize: install
 SANITIZED_TESTS := linear or embedding or norm or rotary or silu or varlen-avx512 or logprob or sample or neighbours or test_moe or quantize
 
 bench: install
+	$(BIN)/python -m pytest -q bench/kernels
 	$(BIN)/python -m zerokl.bench.linear_speed
 	$(BIN)/python -m zerokl.bench.megatron_speed
 	$(BIN)/python -m zerokl.bench.sglang_speed

@@ -4,10 +4,11 @@ Needs torch and triton, nothing else; the repository need not be installed, only
 the same code on the CPU with small sizes and writes nothing. Results go to bench/results/<device>.json.
 
 Checks, per op: the CPU's bytes where the contract gives the same bits on both, else closeness; equal bytes of a row
-alone and in a batch; equal bytes in repeated backward passes. Then times, against torch, the cache emptied before each
-call. A failed check is recorded, printed and makes the exit code 1; the figures are written all the same. SHA-256
-digests of the rehearsal's outputs are kept in bench/results/digests-<profile>.json and compared in the tests: bits that
-change show up there by name.
+alone and in a batch; equal bytes in repeated backward passes, at small sizes a thousand of them beside other work on
+the GPU; equal bytes of a linear layer with every tile size it may get; single matrix instructions against their model.
+Then times, against torch, the cache emptied before each call. A failed check is recorded, printed and makes the exit
+code 1; the figures are written all the same. SHA-256 digests of the rehearsal's outputs are kept in
+bench/results/digests-<profile>.json and compared in the tests: bits that change show up there by name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +34,7 @@ import torch
 
 from zerokl import kernels
 from zerokl.bench.regression import cases
-from zerokl.bench.regression.case import Case, Tensors
+from zerokl.bench.regression.case import Case, Tensors, hashed
 from zerokl.kernels.contract import CONTRACT_VERSION, CPU
 from zerokl.kernels.ops.tensor_core import has_cuda_part
 
@@ -56,6 +59,9 @@ def main() -> int:
         result["checks"][case.name], result["digests"][case.name] = check(case, device, options.repeats)
         result["times"][case.name] = measure(case, device, options.rounds)
         print(f"{case.name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    result["checks"]["backward under load"] = under_load(device, options.small_repeats)
+    if device.type == "cuda":
+        result["checks"]["linear tiles"] = unequal_tiles()
     if not options.rehearse:
         RESULTS.mkdir(exist_ok=True)
         name = torch.cuda.get_device_name().lower().replace(" ", "-")
@@ -69,7 +75,8 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zerokl.bench.gpu_regression", description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU, nothing written")
-    parser.add_argument("--repeats", type=int, default=50, help="backward passes that must agree")
+    parser.add_argument("--repeats", type=int, default=20, help="backward passes that must agree, at full size")
+    parser.add_argument("--small-repeats", type=int, default=1000, help="the same at small sizes, under load")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each kernel")
     parser.add_argument("--write-digests", action="store_true", help="with --rehearse: keep these digests")
     options = parser.parse_args()
@@ -132,6 +139,47 @@ def _unequal_backward(case: Case, inputs: Tensors, repeats: int) -> list[str]:
         if not all(a is None or same_bits(a, b) for a, b in zip(first, again, strict=True)):
             return [f"backward pass {repeat + 2} differs from the first"]
     return []
+
+
+def under_load(device: torch.device, repeats: int) -> list[str]:
+    """Backward passes at small sizes that differ from the first, while a second stream keeps the GPU busy."""
+    problems = []
+    for case in cases(small=True):
+        inputs = _to(case.inputs(), device)
+        if case.cuda_part or not any(t.dtype == torch.bfloat16 for t in inputs):
+            continue
+        with _busy(device):
+            problems += [f"{case.name}: {problem}" for problem in _unequal_backward(case, inputs, repeats)]
+    return problems
+
+
+@contextmanager
+def _busy(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    a = torch.randn(4096, 4096, device=device).bfloat16()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        for _ in range(200):  # products enough to overlap with what follows
+            a = (a @ a) * 1e-3
+    yield
+    torch.cuda.synchronize(device)
+
+
+def unequal_tiles() -> list[str]:
+    """Tiles of a linear layer whose bytes differ from the heuristic's: those it may get, and a spread of others."""
+    from zerokl.bench.autotune import candidates
+    from zerokl.kernels.triton.linear import matmul
+    from zerokl.kernels.triton.linear_config import linear_config
+
+    x, w = hashed(300, 1096, seed=60).cuda(), hashed(1000, 1096, seed=61).cuda()
+    first, *others = candidates(300, 1000)
+    configs = {linear_config(m, n, 1) for m in (1, 16, 64, 128, 4096) for n in (1000, 4096)}
+    outputs = {}
+    for config in [first, *configs, *others[:: max(1, len(others) // 24)]]:
+        outputs[config] = x.new_empty(300, 1000)
+        matmul(x, w.t(), outputs[config], config=config)
+    return [f"{config} differs" for config, y in outputs.items() if not same_bits(y, outputs[first])]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from zerokl.bench.gpu_regression import DIGESTS, check, measure, table
+from zerokl.bench.gpu_regression import DIGESTS, check, measure, table, under_load
 from zerokl.bench.regression import cases
 
 CPU = torch.device("cpu")
@@ -42,3 +42,22 @@ def test_the_table_names_every_case():
     text = table({"about": {}, "checks": {"rms_norm": ["bad"]}, "times": {"rms_norm": measure(case, CPU, 1)}})
     assert "rms_norm" in text
     assert "bad" in text
+
+
+def test_backward_passes_under_load_agree():
+    assert under_load(CPU, repeats=2) == []
+
+
+def test_a_backward_pass_that_wavers_is_found(monkeypatch):
+    calls = []
+
+    def wavering(output, inputs, *arguments, **options):
+        calls.append(1)
+        grads = real(output, inputs, *arguments, **options)
+        if len(calls) == 3:
+            next(g for g in grads if g is not None).view(torch.int16).flatten()[0] ^= 1
+        return grads
+
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", wavering)
+    assert any("backward pass 3 differs" in problem for problem in under_load(CPU, repeats=2))

@@ -209,14 +209,14 @@ def test_a_token_does_not_see_its_neighbours(isa):
 
 
 def test_experts_on_other_ranks_change_no_bit(isa):
-    """Expert parallel 1, 2, 4 in one process: each rank computes its experts' rows, the home rank combines."""
+    """Expert parallel 1, 2, 4, 8 in one process: each rank computes its experts' rows, the home rank combines."""
     x = hashed(21, 40, seed=1)
-    gate, up, down = hashed(12, 40, seed=2), hashed(12, 64, 40, seed=3), hashed(12, 40, 32, seed=4)
-    whole = layer(x, gate, up, down)
+    gate, up, down = hashed(16, 40, seed=2), hashed(16, 64, 40, seed=3), hashed(16, 40, 32, seed=4)
+    whole = layer(x, gate, up, down, experts=16)
     routing = kernels.router_topk(kernels.linear(x, gate, out_dtype=torch.float32), 3, scoring="softmax")
-    rows, permutation = kernels.moe_permute(x, routing.indices, 12)
-    for ranks in (2, 4):
-        parts, size = [], 12 // ranks
+    rows, permutation = kernels.moe_permute(x, routing.indices, 16)
+    for ranks in (2, 4, 8):
+        parts, size = [], 16 // ranks
         for rank in range(ranks):
             mine = permutation.offsets[rank * size : (rank + 1) * size + 1]
             local = rows[mine[0] : mine[-1]]
