@@ -99,6 +99,9 @@ def attentions(
         out = functional.scaled_dot_product_attention(tq, tk, tv, is_causal=True, enable_gqa=True)
         return torch.autograd.grad(out, torch_leaves, dout.transpose(0, 1)[None])
 
+    def eager_backward() -> object:
+        return torch.autograd.grad(_eager_attention(tq, tk, tv, scale), torch_leaves, dout.transpose(0, 1)[None])
+
     batch, keys = decode
     page, pages = 64, keys // 64
     k_cache, v_cache = (draw(batch * pages, page, kv_heads, dim, device=device) for _ in range(2))
@@ -110,14 +113,28 @@ def attentions(
         Speed("attention_varlen", f"{length} {heads}/{kv_heads}x{dim}",
               lambda: kernels.attention_varlen(q, k, v, cu, scale=scale),
               lambda: functional.scaled_dot_product_attention(bq, bk, bv, is_causal=True, enable_gqa=True),
+              flops=flops),
+        Speed("attention_varlen / eager ops", f"{length} {heads}/{kv_heads}x{dim}",
+              lambda: kernels.attention_varlen(q, k, v, cu, scale=scale), lambda: _eager_attention(bq, bk, bv, scale),
               flops=flops, goal=2),
         Speed("attention + backward", f"{length} {heads}/{kv_heads}x{dim}", ours_backward, torch_backward,
+              flops=3.5 * flops),
+        Speed("attention + backward / eager ops", f"{length} {heads}/{kv_heads}x{dim}", ours_backward, eager_backward,
               flops=3.5 * flops, goal=2),
         Speed("attention_paged decode", f"{batch}x{keys}",
               lambda: kernels.attention_paged(query, k_cache, v_cache, table, lens, one, scale=scale),
               lambda: functional.scaled_dot_product_attention(query[:, :, None], dk, dv, enable_gqa=True),
               4.0 * batch * keys * kv_heads * dim, goal=2),
     ]  # fmt: skip
+
+
+def _eager_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention from torch's separate ops, softmax in fp32."""
+    group, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    z = ((q @ k.transpose(2, 3)).float() * scale).masked_fill(~seen, -torch.inf)
+    return torch.softmax(z, -1).bfloat16() @ v
 
 
 def scores(device: torch.device, width: int, vocab: int, rows: tuple[int, int]) -> list[Speed]:

@@ -31,20 +31,26 @@ ZK_INLINE float fold_block(const float* p) {
 // One key block for one row: scores to probabilities p [kAttentionBlock], relative to the maximum so far. Returns what
 // shrinks the accumulators.
 static float update_row(const float* score, Span span, float c, float* m, float* l, float* p) {
-  vi lane;
-  for (int i = 0; i < W; i++) lane[i] = i;
-  vf t[kAttentionBlock / W], top = set1(*m);
+  constexpr int kVectors = kAttentionBlock / W;
+  vf t[kVectors], top = set1(*m);
 #pragma GCC unroll 16
-  for (int i = 0; i < kAttentionBlock / W; i++) {
-    const int j = i * W;
-    const vi at = lane + j, seen = (at >= span.begin) & (at < span.end);
-    t[i] = seen ? load(score + (j / kNR) * kMR * kNR + j % kNR) * set1(c) : set1(-__builtin_inff());
-    top = max(t[i], top);
+  for (int i = 0; i < kVectors; i++) t[i] = load(score + (i * W / kNR) * kMR * kNR + i * W % kNR) * set1(c);
+  if (span.end - span.begin < kAttentionBlock) {
+    vi lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) {
+      const vi at = lane + i * W, seen = (at >= span.begin) & (at < span.end);
+      t[i] = seen ? t[i] : set1(-__builtin_inff());
+    }
   }
-  const float highest = highest_of(top);
-  const float shrink = exp2_1(*m - highest);
 #pragma GCC unroll 16
-  for (int i = 0; i < kAttentionBlock / W; i++) store(p + i * W, exp2(t[i] - set1(highest)));
+  for (int i = 0; i < kVectors; i++) top = max(t[i], top);
+  const float highest = highest_of(top);
+  // exp2(0) is 1 exactly; -inf less -inf is NaN and stays one
+  const float shrink = *m == highest && highest > -__builtin_inff() ? 1.0f : exp2_1(*m - highest);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) store(p + i * W, exp2(t[i] - set1(highest)));
   *m = highest;
   *l = fma1(*l, shrink, fold_block(p));
   return shrink;
@@ -61,7 +67,7 @@ static void update_tile(const Rows& rows, const int32_t* q, const KeyBlock& keys
     const Span span = rows.span(r, keys);
     if (span.empty()) continue;
     const float shrink = update_row(score + r * kNR, span, c, state.m + r, state.l + r, p + r * kAttentionBlock);
-    for (int64_t d = 0; d < dim; d += W) {
+    for (int64_t d = 0; d < dim && shrink != 1.0f; d += W) {
       float* a = state.acc + ((d / kNR) * kMR + r) * kNR + d % kNR;
       store(a, load(a) * set1(shrink));
     }
