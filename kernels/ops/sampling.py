@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ._common import check, check_device, ops, per_row
+from .linear import linear
 
 
 class Sampled(NamedTuple):
@@ -25,20 +26,24 @@ def sample(
     temperature: torch.Tensor | float = 1.0,
     top_p: torch.Tensor | float = 1.0,
     top_k: torch.Tensor | int = 0,
+    head: torch.Tensor | None = None,
 ) -> Sampled:
     """Draw one token a row by the Gumbel-max rule with a hash of (seed, position, token) as the random number.
 
     Args:
-        logits: fp32 [T, V].
+        logits: fp32 [T, V]; with ``head`` the hidden states, bf16 [T, H].
         seed, position: int64 [T].
         temperature: scalar or [T]; 0 takes the largest logit (lowest index among equals) and reports the raw
             log-probability as both.
         top_p, top_k: as in :func:`zerokl.kernels.selected_logprob`.
+        head: bf16 [V, H], the output head: the logits are ``linear(hidden, head)`` in fp32 (R6).
 
     Raises:
         ValueError: unsupported dtype or shape. RuntimeError: a negative temperature, a top_p outside (0, 1].
     """
     op = "sample"
+    if head is not None:
+        logits = linear(logits, head, out_dtype=torch.float32)
     check(
         logits.dim() == 2 and logits.dtype == torch.float32,
         op,

@@ -371,6 +371,18 @@ def test_sample(isa, temperature, top_p, top_k):
     )
 
 
+def test_sample_from_hidden_states_is_sampling_from_their_logits(isa):
+    hidden, head = hashed(7, 40, seed=1), hashed(300, 40, seed=2)
+    seed, position = torch.arange(7), torch.arange(7) + 3
+    logits = kernels.linear(hidden, head, out_dtype=torch.float32)
+    got = kernels.sample(hidden, head=head, seed=seed, position=position, temperature=0.6, top_p=0.9)
+    wanted = kernels.sample(logits, seed=seed, position=position, temperature=0.6, top_p=0.9)
+    assert got.token.tolist() == wanted.token.tolist()
+    assert_same_bits(got.logprob, wanted.logprob, "logprob")
+    with pytest.raises(ValueError, match=r"linear: x \(7, 40\) does not fit w"):
+        kernels.sample(hidden, head=head[:, :39].contiguous(), seed=seed, position=position)
+
+
 def test_sample_follows_the_distribution():
     """A chi-square-like bound on 20,000 draws of a 6-way distribution: the sampler samples what the log-prob says."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5, -3.0]]).expand(20000, 6).contiguous()
