@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTENSION := kernels/_C.so
+OPINIONS := $(VENV)/second-opinion/.installed
 MODEL := models/smollm2-135m/config.json
 
 .PHONY: install demo test lint sanitize bench clean
@@ -26,13 +27,17 @@ $(EXTENSION): $(VENV)/.locked setup.py pyproject.toml CMakeLists.txt kernels/con
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
+$(OPINIONS): requirements/second-opinion.txt | $(VENV)/.locked
+	$(PIP) --no-deps --target $(VENV)/second-opinion --upgrade -r requirements/second-opinion.txt
+	@touch $@
+
 $(MODEL): | $(EXTENSION)
 	$(BIN)/zerokl model fetch smollm2-135m --out models/smollm2-135m
 
 demo: install
 	$(BIN)/zerokl train recipes/demo.toml
 
-test: install lint sanitize
+test: install $(OPINIONS) lint sanitize
 	$(BIN)/python -m pytest
 
 lint: $(EXTENSION)
