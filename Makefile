@@ -9,7 +9,7 @@ EXTENSION := kernels/_C.so
 OPINIONS := $(VENV)/second-opinion/.installed
 MODEL := models/smollm2-135m/config.json
 
-.PHONY: install demo test lint sanitize bench clean
+.PHONY: install demo test lint sanitize bench gpu-regression clean
 install: $(EXTENSION) $(MODEL)
 
 $(BIN)/python:
@@ -61,6 +61,14 @@ bench: install
 	$(BIN)/python -m zerokl.bench.linear_speed
 	$(BIN)/python -m zerokl.bench.megatron_speed
 	$(BIN)/python -m zerokl.bench.sglang_speed
+
+# on a GPU machine: needs torch with CUDA, triton, cmake and a C++ compiler (with nvcc: the CUDA part), nothing installed
+GPU_BUILD := build/gpu
+gpu-regression:
+	cmake -S . -B $(GPU_BUILD) -DPython_EXECUTABLE=$$(command -v $(PYTHON)) -DZEROKL_OUTPUT_DIR=$(CURDIR)/kernels \
+	  -DZEROKL_OUTPUT_NAME=_C -DCMAKE_BUILD_TYPE=Release >/dev/null
+	cmake --build $(GPU_BUILD) --parallel $$(nproc) >/dev/null
+	$(PYTHON) -m zerokl.bench.gpu_regression $(ARGS)
 
 clean:
 	rm -rf build $(EXTENSION) *.egg-info

@@ -1,6 +1,6 @@
 """The quantisers and the linear layers on codes, compiled offline: the checks of ``test_compiled.py``, and theirs.
 
-Not for sm_80, which is no profile of these products: it has no fp8 matrix step.
+fp8 products not for sm_80, which has no fp8 matrix step.
 """
 
 import re
@@ -78,7 +78,7 @@ KINDS = {90: (r"k16\.f32\.bf16\.bf16", r"k32\.f32\.e4m3\.e4m3"), 100: (r"kind::f
 each_capability = pytest.mark.parametrize("capability", [90, 100])
 
 
-@each_capability
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
@@ -87,6 +87,14 @@ def test_quantisers(name, back, table, capability, tmp_path):
     assert "ld.global.v2.b32" in ptx or "ld.global.v4.b32" in ptx, "elements are read in 8 bytes or more"
     assert "cvt.rn.satfinite" not in ptx, "no conversion instruction decides a code"
     assert ("div.rn.f32" in ptx) == (not back and name != "mx_floor")
+
+
+@pytest.mark.parametrize("m", [1, 4096])
+@pytest.mark.parametrize("name", ["mx", "int4"])
+def test_products_on_sm_80(name, m, tmp_path):
+    steps = re.findall(r"mma\.sync\.\S+", check_ptx(product(name, m), 80, tmp_path))
+    assert steps
+    assert all("m16n8k16" in step and "bf16.bf16" in step for step in steps)
 
 
 @each_capability
