@@ -80,6 +80,7 @@ class Saboteur:
         if step == self.step:
             self.step = None
             os.kill(os.getpid(), self.signal)
+            time.sleep(0.3)  # the other threads of a process stop a moment later than this one
 
 
 def trainer(folder: Path, transport: str, pipe) -> None:
@@ -96,7 +97,8 @@ def trainer(folder: Path, transport: str, pipe) -> None:
                 sender.wait(20)
                 source.buffers = parties.trainer_buffers(parties.MODEL, parties.ONE, 0, seed)
                 pipe.send(sender.sync(version))
-            case "fault", saboteur.step, saboteur.signal:
+            case "fault", step, signal_:
+                saboteur.step, saboteur.signal = step, signal_
                 pipe.send("armed")
 
 
@@ -116,7 +118,8 @@ def engine(folder: Path, transport: str, rank: int, pipe) -> None:
                     parties.engine_buffers(parties.MODEL, ENGINES, rank, seeds[version])
                 )
                 pipe.send((version, whole, receiver.machine.state.value))
-            case "fault", saboteur.step, saboteur.signal:
+            case "fault", step, signal_:
+                saboteur.step, saboteur.signal = step, signal_
                 pipe.send("armed")
 
 
