@@ -21,6 +21,7 @@ from zerokl.weightsync.megatron_layout import megatron_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.protocol import Deadlines
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
+from zerokl.weightsync.transports import collective, disk, ipc, rdma
 
 DEADLINES = Deadlines(plan=3, prepare=3, transfer=3, verify=3, commit=3, resume=3, abort=1)
 ENGINES = SglangSizes(engines=2)
@@ -34,40 +35,26 @@ def context():
     return ctx
 
 
-def make_source(transport: str, folder: Path):
-    if transport == "ipc":
-        from zerokl.weightsync.transports.ipc import IpcSource
-
-        return IpcSource(folder)
-    if transport == "rdma":
-        from zerokl.weightsync.transports.rdma import RdmaSource
-
-        return RdmaSource()
-    if transport == "collective":
-        from zerokl.weightsync.transports.collective import CollectiveSource
-
-        return CollectiveSource(folder, ranks=(1, 2))
-    from zerokl.weightsync.transports.disk import DiskSource
-
-    return DiskSource(folder / "disk")
+def source_end(transport: str, folder: Path):
+    match transport:
+        case "ipc":
+            return ipc.IpcSource(folder)
+        case "rdma":
+            return rdma.RdmaSource()
+        case "collective":
+            return collective.CollectiveSource(folder, ranks=(1, 2))
+    return disk.DiskSource(folder / "disk", delta_below=2)
 
 
-def make_target(transport: str, folder: Path):
-    if transport == "ipc":
-        from zerokl.weightsync.transports.ipc import IpcTarget
-
-        return IpcTarget()
-    if transport == "rdma":
-        from zerokl.weightsync.transports.rdma import RdmaTarget
-
-        return RdmaTarget()
-    if transport == "collective":
-        from zerokl.weightsync.transports.collective import CollectiveTarget
-
-        return CollectiveTarget(folder, ranks=(1, 2))
-    from zerokl.weightsync.transports.disk import DiskTarget
-
-    return DiskTarget()
+def target_end(transport: str, folder: Path):
+    match transport:
+        case "ipc":
+            return ipc.IpcTarget()
+        case "rdma":
+            return rdma.RdmaTarget()
+        case "collective":
+            return collective.CollectiveTarget(folder, ranks=(1, 2))
+    return disk.DiskTarget()
 
 
 class Saboteur:
@@ -88,7 +75,7 @@ def trainer(folder: Path, transport: str, pipe) -> None:
     saboteur, address = Saboteur(), folder / "s"
     sender = WeightSender(address, parties.TOKEN, sources=1, receivers=2, deadlines=DEADLINES, observe=saboteur)
     source = WeightSource(
-        address, parties.TOKEN, megatron_layout(parties.MODEL, parties.ONE), 0, make_source(transport, folder)
+        address, parties.TOKEN, megatron_layout(parties.MODEL, parties.ONE), 0, source_end(transport, folder)
     )
     source.start()
     while True:
@@ -106,7 +93,7 @@ def engine(folder: Path, transport: str, rank: int, pipe) -> None:
     torch.set_num_threads(1)
     saboteur, held = Saboteur(), parties.Engine()
     receiver = WeightReceiver(
-        folder / "s", parties.TOKEN, sglang_layout(parties.MODEL, ENGINES), rank, make_target(transport, folder), held,
+        folder / "s", parties.TOKEN, sglang_layout(parties.MODEL, ENGINES), rank, target_end(transport, folder), held,
         observe=saboteur,
     )  # fmt: skip
     receiver.start()
@@ -145,7 +132,10 @@ class Child:
         """killed, stopped or running, as the kernel says."""
         if not self.process.is_alive():
             return "killed" if self.process.exitcode == -signal.SIGKILL else f"exit {self.process.exitcode}"
-        text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        try:
+            text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except FileNotFoundError:  # it ended meanwhile
+            return "ending"
         return "stopped" if text.rpartition(")")[2].split()[0] == "T" else "running"
 
     def until(self, state: str, timeout_s=15.0):

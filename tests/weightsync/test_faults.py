@@ -11,7 +11,9 @@ import pytest
 from processes import Run
 
 STEPS = ["plan", "prepare", "transfer", "verify", "commit", "resume"]
-CASES = [(who, what, step) for who in ("engine", "trainer") for what in ("killed", "stopped") for step in STEPS]
+FAULTS = [(who, what) for who in ("engine", "trainer") for what in ("killed", "stopped")]
+CASES = [("ipc", *fault, step) for fault in FAULTS for step in STEPS]
+CASES += [(transport, *fault, "transfer") for transport in ("rdma", "collective", "disk") for fault in FAULTS]
 AT_ONCE = 4
 
 
@@ -83,8 +85,8 @@ def settle(run: Run) -> list:
     return found
 
 
-def carry_out(folder: Path, who: str, what: str, step: str) -> str:
-    with Run(folder, "ipc") as run:
+def carry_out(folder: Path, transport: str, who: str, what: str, step: str) -> str:
+    with Run(folder, transport) as run:
         text = (engine_fault if who == "engine" else trainer_fault)(run, what, step)
         outcome = run.sync("v3")
         assert outcome.committed, outcome
@@ -104,7 +106,7 @@ def table(tmp_path_factory):
         yield running
     for case, future in running.items():
         result = future.exception() or future.result()
-        print(f"{case[0]:>8} {case[1]:>8} in {case[2]:<9} {result}")
+        print(f"{case[0]:>10} {case[1]:>8} {case[2]:>8} in {case[3]:<9} {result}")
     assert not [p for p in set(Path("/dev/shm").iterdir()) - before if "zerokl" in p.name]
 
 

@@ -6,8 +6,11 @@ process group is this transport's own, beside the ones the engines use; a failed
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Trans
 from zerokl.weightsync.transports.copies import pack, unpack
 
 _CONNECT = timedelta(seconds=20)
-_SLICE = timedelta(milliseconds=200)
+_SLICE_S = 0.05
 
 
 class _Group:
@@ -31,10 +34,13 @@ class _Group:
         self._folder, self._interface = folder, interface
         self.sources, self._size = ranks[0], sum(ranks)
         self._group: Any = None  # torch's stubs know no method of it
+        self.name = b""
+        """The attempt that formed the group; empty while there is none. What every rank announces."""
 
-    def get(self, job: Job, rank: int) -> Any:
-        """The group, formed by the first attempt that needs it. Raises TransferError if somebody does not come."""
-        if self._group is None:
+    def get(self, job: Job, rank: int, announced: Mapping[str, bytes]) -> Any:
+        """The group that all ranks announced, or else a new one. Raises TransferError if somebody does not come."""
+        if self._group is None or set(announced.values()) != {self.name}:
+            self.drop()
             store = dist.FileStore(str(self._folder / f"{job.attempt.hex()}.store"), self._size)
             gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
@@ -44,23 +50,33 @@ class _Group:
                 self._group = gloo(store, rank, self._size, options)
             except RuntimeError as error:
                 raise TransferError(f"the ranks did not all connect: {error}") from error
+            self.name = job.attempt
         return self._group
 
     def drop(self) -> None:
-        self._group = None
+        self._group, self.name = None, b""
 
 
 def _wait(work: dist.Work, job: Job, what: str) -> None:
-    """Wait in slices, so that the end of the attempt is noticed."""
+    """Wait for one transfer, and notice the end of the attempt meanwhile.
+
+    gloo closes the connection when a wait of its own times out, and offers no way to call one off. So the wait is left
+    to a thread; one that is abandoned ends by the attempt's deadline and touches staging memory only.
+    """
+    done: Future[None] = Future()
+
+    def wait() -> None:
+        try:
+            work.wait(timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
+            done.set_result(None)
+        except RuntimeError as error:
+            done.set_exception(TransferError(f"failed: {what}: {error}"))
+
+    threading.Thread(target=wait, daemon=True).start()
     while True:
         job.check(what)
-        began = time.monotonic()
-        try:
-            work.wait(_SLICE)
-            return
-        except RuntimeError as error:
-            if time.monotonic() - began < _SLICE.total_seconds() * 0.9:  # no timeout: the peer is gone
-                raise TransferError(f"failed: {what}: {error}") from error
+        with contextlib.suppress(TimeoutError):
+            return done.result(_SLICE_S)
 
 
 class CollectiveSource:
@@ -75,11 +91,11 @@ class CollectiveSource:
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
         self._buffers = buffers
-        return b""
+        return self._group.name
 
-    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:  # noqa: ARG002
+    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
         self._done = False
-        group = self._group.get(job, job.rank)
+        group = self._group.get(job, job.rank, endpoints)
         for turn in _turns(job.sent(), lambda batch: batch.target):
             sending = []
             for batch in turn:
@@ -108,11 +124,11 @@ class CollectiveTarget:
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
         self._room = room
-        return b""
+        return self._group.name
 
-    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> Arrived:  # noqa: ARG002
+    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> Arrived:
         self._done = False
-        group = self._group.get(job, self._group.sources + job.rank)
+        group = self._group.get(job, self._group.sources + job.rank, endpoints)
         buffers, copied = self._room.all(), 0
         for turn in _turns(job.received(), lambda batch: batch.source):
             coming = []

@@ -46,12 +46,13 @@ class Manifest(Typed, frozen=True):
 
 
 class DiskSource:
-    """Writes versions below ``folder``; every ``complete_every``-th is complete, the others are deltas."""
+    """Writes versions below ``folder``. Every ``complete_every``-th is complete, and so is one of which the fraction
+    ``delta_below`` or more has changed: its changes would take no less room. The others are deltas."""
 
     name = "disk"
 
-    def __init__(self, folder: Path, *, complete_every: int = 8) -> None:
-        self._folder, self._complete_every = folder, complete_every
+    def __init__(self, folder: Path, *, complete_every: int = 8, delta_below: float = 0.25) -> None:
+        self._folder, self._complete_every, self._delta_below = folder, complete_every, delta_below
         self._chain: tuple[str, ...] = ()
         self._last: dict[str, torch.Tensor] = {}
         self._buffers: Buffers = {}
@@ -66,7 +67,7 @@ class DiskSource:
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:  # noqa: ARG002  (receivers read the folder)
         link, sizes = job.attempt.hex(), {name: buffer.numel() for name, buffer in self._buffers.items()}
         fits = {name: buffer.numel() for name, buffer in self._last.items()} == sizes
-        complete = not fits or len(self._chain) >= self._complete_every
+        complete = not fits or len(self._chain) >= self._complete_every or self._changed() >= self._delta_below
         if complete:
             self._stale, self._chain = list(self._chain), ()
         try:
@@ -87,6 +88,11 @@ class DiskSource:
         for link in self._stale:
             shutil.rmtree(self._folder / link, ignore_errors=True)
         self._stale, self._buffers = [], {}
+
+    def _changed(self) -> float:
+        """Which fraction of the bytes differs from the last version."""
+        changed = sum(int((self._last[name] != buffer).sum()) for name, buffer in self._buffers.items())
+        return changed / max(1, sum(buffer.numel() for buffer in self._buffers.values()))
 
     def _write(self, link: str, rank: int, *, complete: bool) -> tuple[int, str]:
         """One rank's file of a version; its bytes and digest."""

@@ -37,13 +37,18 @@ class Registered(Typed, frozen=True):
 class _Agent:
     """One NIXL agent and the memory registered with it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, devices: str) -> None:
         package = next((p for p in _PACKAGES if importlib.util.find_spec(p)), None)
         if package is None:
             raise TransferError("the rdma transport needs NIXL: pip install nixl-cu12")
         api = importlib.import_module(f"{package}._api")
         self.api: Any = api.nixl_agent(f"{name}-{secrets.token_hex(8)}", api.nixl_agent_config(backends=[]))
-        self.api.create_backend(_BACKEND, {})
+        self.api.create_backend(_BACKEND, {"ucx_devices": devices})
+        bindings = importlib.import_module(f"{package}._bindings")
+        classes = [
+            value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
+        ]
+        self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *classes)  # they have no common base
         self._registered: dict[tuple[int, int], Any] = {}
 
     def register(self, buffers: Buffers) -> None:
@@ -68,14 +73,16 @@ class RdmaSource:
 
     name = "rdma"
 
-    def __init__(self) -> None:
+    def __init__(self, *, devices: str = "") -> None:
+        """``devices``: the network devices that UCX may use; empty: all."""
+        self._devices = devices
         self._agent: _Agent | None = None
         self._buffers: Buffers = {}
         self._peers: list[str] = []
         self._handles: list[Any] = []
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:
-        self._agent = self._agent or _Agent(name_of(source=True, rank=job.rank))
+        self._agent = self._agent or _Agent(name_of(source=True, rank=job.rank), self._devices)
         self._agent.register(buffers)
         self._buffers = buffers
         return b""
@@ -85,31 +92,34 @@ class RdmaSource:
         for batch in job.sent():
             batches.setdefault(name_of(source=False, rank=batch.target), []).append(batch)
         running = {name: self._start(job, name, parse(endpoints.get(name, b"")), b) for name, b in batches.items()}
-        agent = self._api
         while running:
             job.check("writes to " + ", ".join(sorted(running)))
-            for name, handle in list(running.items()):
-                state = agent.check_xfer_state(handle)
-                if state == "DONE":
-                    del running[name]
-                elif state == "ERR":
-                    raise TransferError(f"the write to {name} failed")
+            running = {name: handle for name, handle in running.items() if not self._written(name, handle)}
             time.sleep(_POLL_S)
         return sum(batch.nbytes for batch in job.sent())
 
     def finish(self) -> None:
         if self._agent is None:
             return
-        for handle in self._handles:
-            self._agent.api.release_xfer_handle(handle)
-        for peer in self._peers:
-            self._agent.api.remove_remote_agent(peer)
+        try:
+            for handle in self._handles:
+                self._agent.api.release_xfer_handle(handle)
+            for peer in self._peers:
+                self._agent.api.remove_remote_agent(peer)
+        except self._agent.errors:  # a write to a lost peer cannot be ended one by one: the next attempt starts afresh
+            self._agent = None
         self._handles, self._peers, self._buffers = [], [], {}
 
-    @property
-    def _api(self) -> Any:
+    def _written(self, name: str, handle: Any) -> bool:
+        """Whether a write is complete. Raises TransferError if it failed."""
         assert self._agent is not None
-        return self._agent.api
+        try:
+            state = self._agent.api.check_xfer_state(handle)
+        except self._agent.errors as error:
+            raise TransferError(f"the write to {name} failed: {type(error).__name__}") from error
+        if state == "ERR":
+            raise TransferError(f"the write to {name} failed")
+        return state == "DONE"
 
     def _start(self, job: Job, name: str, target: Registered, batches: list[Batch]) -> Any:
         copies = [copy for batch in batches for copy in batch.copies]
@@ -119,16 +129,17 @@ class RdmaSource:
         if missing:
             raise TransferError(f"{name} registered no buffer {missing[0]!r}")
         there = _runs([(target.buffers[c.target_buffer], c.target_offset, c.target_pitch, c) for c in copies])
+        assert self._agent is not None
+        api = self._agent.api
         try:
-            peer = self._api.add_remote_agent(target.metadata)
+            peer = api.add_remote_agent(target.metadata)
             self._peers.append(peer)
-            descriptors = [self._api.get_xfer_descs(runs, "DRAM") for runs in (here, there)]
-            handle = self._api.initialize_xfer("WRITE", *descriptors, peer, _notice(job.attempt, job.rank))
+            descriptors = [api.get_xfer_descs(runs, "DRAM") for runs in (here, there)]
+            handle = api.initialize_xfer("WRITE", *descriptors, peer, _notice(job.attempt, job.rank))
             self._handles.append(handle)
-            if self._api.transfer(handle) == "ERR":
-                raise TransferError(f"the write to {name} failed")
-        except (RuntimeError, ValueError) as error:  # NIXL's own errors derive from RuntimeError
-            raise TransferError(f"cannot write to {name}: {error}") from error
+            api.transfer(handle)
+        except self._agent.errors as error:
+            raise TransferError(f"cannot write to {name}: {type(error).__name__}: {error}") from error
         return handle
 
 
@@ -137,14 +148,16 @@ class RdmaTarget:
 
     name = "rdma"
 
-    def __init__(self) -> None:
+    def __init__(self, *, devices: str = "") -> None:
+        """``devices``: the network devices that UCX may use; empty: all."""
+        self._devices = devices
         self._agent: _Agent | None = None
         self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
         self._notices: set[bytes] = set()
 
     def prepare(self, job: Job, room: Room) -> bytes:
-        self._agent = self._agent or _Agent(name_of(source=False, rank=job.rank))
+        self._agent = self._agent or _Agent(name_of(source=False, rank=job.rank), self._devices)
         self._room, self._buffers = room, room.all()
         self._agent.register(self._buffers)
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
