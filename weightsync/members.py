@@ -303,10 +303,9 @@ class WeightReceiver(_Member):
 
     def undo(self) -> None:
         self._transport.finish()
-        if self._installed:
-            self._installed = False
+        if self._installed and not self._room.in_place:  # in place there is nothing left to go back to
             self._engine.restore(self.machine.version, self._room.live)
-        self._arrived = Arrived({}, 0)
+        self._installed, self._arrived = False, Arrived({}, 0)
         if not self.machine.rolled_back() and self._paused and self.machine.version is not None:
             self._paused = False
             self._engine.resume(self.machine.version)

@@ -61,6 +61,10 @@ def engine_buffers(model, sizes, rank, seed):
     return engines.memory(held, sglang_layout(model, sizes).ranks[rank])
 
 
+def blank(layout):
+    return [{name: torch.zeros(n, dtype=torch.uint8) for name, n in rank.buffers.items()} for rank in layout.ranks]
+
+
 class Parties:
     """All participants as threads of this process, for one model and one transport."""
 
@@ -68,16 +72,17 @@ class Parties:
         folder.chmod(0o700)
         self.model, self.trainer, self.rollout = model, trainer, rollout
         address = folder / "s"
+        left, right = megatron_layout(model, trainer), sglang_layout(model, rollout)
+        in_place = blank(right) if options.pop("in_place", False) else [None] * len(targets)
         deadlines = options.pop("deadlines", QUICK)
         self.sender = WeightSender(
             address, TOKEN, sources=len(sources), receivers=len(targets), deadlines=deadlines, **options
         )
-        left, right = megatron_layout(model, trainer), sglang_layout(model, rollout)
         self.engines = [Engine() for _ in targets]
         self.sources = [WeightSource(address, TOKEN, left, i, t) for i, t in enumerate(sources)]
         self.receivers = [
-            WeightReceiver(address, TOKEN, right, i, t, e)
-            for i, (t, e) in enumerate(zip(targets, self.engines, strict=True))
+            WeightReceiver(address, TOKEN, right, i, t, e, in_place=own)
+            for i, (t, e, own) in enumerate(zip(targets, self.engines, in_place, strict=True))
         ]
         for member in self.sources + self.receivers:
             member.start()
