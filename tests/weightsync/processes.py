@@ -4,6 +4,7 @@ Children are forked from a server that has torch loaded; each obeys one pipe. `p
 import this module, and so do the children.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.transports import collective, disk, ipc, rdma
 
 DEADLINES = Deadlines(plan=3, prepare=3, transfer=3, verify=3, commit=3, resume=3, abort=1)
+LONG = Deadlines(plan=15, prepare=15, transfer=15, verify=15, commit=15, resume=15, abort=5)
 ENGINES = SglangSizes(engines=2)
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
@@ -57,6 +59,13 @@ def target_end(transport: str, folder: Path):
     return disk.DiskTarget()
 
 
+def requests(pipe):
+    """What the parent asks for, until it is gone."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pipe.recv()
+
+
 class Saboteur:
     """Sends this process a signal when it reaches a step of a version."""
 
@@ -78,10 +87,11 @@ def trainer(folder: Path, transport: str, pipe) -> None:
         address, parties.TOKEN, megatron_layout(parties.MODEL, parties.ONE), 0, source_end(transport, folder)
     )
     source.start()
-    while True:
-        match pipe.recv():
-            case "sync", version, seed:
+    for request in requests(pipe):
+        match request:
+            case "sync", version, seed, deadlines:
                 sender.wait(20)
+                sender._deadlines, sender._coordinator = deadlines, None
                 source.buffers = parties.trainer_buffers(parties.MODEL, parties.ONE, 0, seed)
                 pipe.send(sender.sync(version))
             case "fault", step, signal_:
@@ -97,8 +107,8 @@ def engine(folder: Path, transport: str, rank: int, pipe) -> None:
         observe=saboteur,
     )  # fmt: skip
     receiver.start()
-    while True:
-        match pipe.recv():
+    for request in requests(pipe):
+        match request:
             case "serving", seeds:
                 version = receiver.serving
                 whole = version is None or held.holds(
@@ -164,16 +174,20 @@ class Run:
         self.engines = [Child(engine, folder, transport, rank) for rank in range(2)]
 
     def __enter__(self):
-        outcome = self.sync("v1")
-        assert outcome.committed, outcome
+        try:
+            outcome = self.sync("v1")
+            assert outcome.committed, outcome
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
         for child in [self.trainer, *self.engines]:
             child.end()
 
-    def sync(self, version):
-        return self.trainer.ask("sync", version, self.seeds[version])
+    def sync(self, version, deadlines=LONG):
+        return self.trainer.ask("sync", version, self.seeds[version], deadlines, timeout_s=60.0)
 
     def served(self) -> list[str | None]:
         """What each engine serves; its weights must be those of that version, byte for byte."""

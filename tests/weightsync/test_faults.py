@@ -21,7 +21,7 @@ def engine_fault(run: Run, what: str, step: str) -> str:
     victim = run.engines[1]
     victim.ask("fault", step, processes.SIGNALS[what])
     began = time.monotonic()
-    outcome = run.sync("v2")
+    outcome = run.sync("v2", processes.DEADLINES)
     seconds = time.monotonic() - began
     victim.until(what)  # the witness
     assert seconds < 10
@@ -45,15 +45,15 @@ def engine_fault(run: Run, what: str, step: str) -> str:
 
 
 def trainer_fault(run: Run, what: str, step: str) -> str:
+    if (what, step) == ("killed", "commit"):
+        return killed_before_the_decision(run)
     run.trainer.ask("fault", step, processes.SIGNALS[what])
-    run.trainer.pipe.send(("sync", "v2", 2))
+    run.trainer.pipe.send(("sync", "v2", 2, processes.DEADLINES))
     run.trainer.until(what)  # the witness
     began = time.monotonic()
     if what == "killed":
         if step == "resume":
             run.eventually_served(["v2", "v2"])
-        elif step == "commit":  # who has committed cannot know the decision: it serves nothing
-            assert set(settle(run)) <= {"v1", None}
         else:
             run.eventually_served(["v1", "v1"])
         run.restart_trainer()
@@ -73,6 +73,20 @@ def trainer_fault(run: Run, what: str, step: str) -> str:
     now = "v2" if outcome.committed else "v1"
     run.eventually_served([now, now])
     return f"served then: {served}; {outcome.cause or 'committed'} ({time.monotonic() - began:.1f} s)"
+
+
+def killed_before_the_decision(run: Run) -> str:
+    """Both engines have committed, and nobody will ever tell them whether the other one has."""
+    run.trainer.ask("fault", "commit", processes.SIGNALS["stopped"])
+    run.trainer.pipe.send(("sync", "v2", 2, processes.DEADLINES))
+    run.trainer.until("stopped")
+    run.eventually_served([None, None])
+    run.trainer.process.kill()
+    run.trainer.until("killed")
+    assert settle(run) == [None, None]
+    assert [child.ask("serving", run.seeds)[2] for child in run.engines] == ["quarantined"] * 2
+    run.restart_trainer()
+    return "served without a trainer: nothing"
 
 
 def settle(run: Run) -> list:

@@ -79,8 +79,11 @@ class Faults(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(SOURCES + TARGETS), fails=st.sampled_from([False] * 9 + [True]))
     def take_an_order(self, name, fails):
-        if not self.orders[name]:
-            return
+        if self.orders[name]:
+            self.obey(name, fails)
+            self.only_one_version_is_served_and_it_was_verified_and_decided()
+
+    def obey(self, name, fails):
         order, member = self.orders[name].pop(0), self.members[name]
         if isinstance(order, m.Abort):
             if member.receive(order) is Effect.ROLL_BACK:
@@ -131,6 +134,19 @@ class Faults(RuleBasedStateMachine):
         self.now += seconds
         self.deliver(self.coordinator.tick(self.now))
 
+    @rule(turns=st.integers(1, 6), leave_out=st.sampled_from(TARGETS + [""] * 3))
+    def some_progress(self, turns, leave_out):
+        """Get into the middle of an attempt, where the other rules are of interest."""
+        if self.coordinator.phase is Phase.IDLE:
+            self.begin()
+        for _ in range(turns):
+            for name in self.members:
+                if name != leave_out:
+                    self.take_an_order(name, False)
+            for name in self.members:
+                if name != leave_out:
+                    self.take_an_answer(name)
+
     @rule()
     def everything_goes_well(self):
         for _ in range(30):
@@ -157,16 +173,11 @@ class Faults(RuleBasedStateMachine):
                 assert name + member.version in self.verified
                 served[name] = member.version
         assert set(served.values()) <= set(self.decided)
-        behind = set(served.values()) - set(self.decided[-1:])
-        lost = self.coordinator.outcome.lost
-        # an engine may serve the version before only while it has not yet read the decision or was named as lost
-        for name, version in served.items():
-            if version in behind and len(set(served.values())) > 1:
-                assert name in lost or self.coordinator.phase is Phase.RESUME, (name, version, served)
+        assert len(set(served.values())) <= 1, served
 
 
 TestFaults = Faults.TestCase
-TestFaults.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True)
+TestFaults.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
 
 
 def drive(c: Coordinator, until: Phase) -> list:
@@ -273,6 +284,18 @@ def test_a_receiver_without_a_shadow_buffer_is_quarantined_by_a_failed_transfer_
     assert (member.state, member.serving, member.version) == (State.QUARANTINED, False, None)
     order_all(member, PLAN, m.Prepare(A), m.Transfer(A, {}), m.Verify(A, ()), m.Commit(A), m.Resume(A))
     assert member.serving
+
+
+def test_a_silent_coordinator_counts_as_gone_only_before_the_commit():
+    """Whoever has committed may be the one that the decision waited for: going back alone would mix two versions."""
+    member = Participant(source=False)
+    assert not member.waiting
+    for order in (PLAN, m.Prepare(A), m.Transfer(A, {}), m.Verify(A, ())):
+        order_all(member, order)
+        assert member.waiting
+    order_all(member, m.Commit(A))
+    assert not member.waiting
+    assert not member.serving
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,14 @@ class Registered(Typed, frozen=True):
 class _Agent:
     """One NIXL agent and the memory registered with it."""
 
-    def __init__(self, name: str, devices: str) -> None:
+    def __init__(self, devices: str) -> None:
         package = next((p for p in _PACKAGES if importlib.util.find_spec(p)), None)
         if package is None:
             raise TransferError("the rdma transport needs NIXL: pip install nixl-cu12")
         api = importlib.import_module(f"{package}._api")
-        self.api: Any = api.nixl_agent(f"{name}-{secrets.token_hex(8)}", api.nixl_agent_config(backends=[]))
+        # without a thread of its own: both sides poll while they transfer, and an idle engine needs its cores
+        settings = api.nixl_agent_config(enable_prog_thread=False, backends=[])
+        self.api: Any = api.nixl_agent(secrets.token_hex(16), settings)
         self.api.create_backend(_BACKEND, {"ucx_devices": devices})
         bindings = importlib.import_module(f"{package}._bindings")
         classes = [
@@ -76,13 +78,13 @@ class RdmaSource:
     def __init__(self, *, devices: str = "") -> None:
         """``devices``: the network devices that UCX may use; empty: all."""
         self._devices = devices
-        self._agent: _Agent | None = None
+        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
         self._buffers: Buffers = {}
         self._peers: list[str] = []
         self._handles: list[Any] = []
 
-    def prepare(self, job: Job, buffers: Buffers) -> bytes:
-        self._agent = self._agent or _Agent(name_of(source=True, rank=job.rank), self._devices)
+    def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
+        self._agent = self._agent or _Agent(self._devices)
         self._agent.register(buffers)
         self._buffers = buffers
         return b""
@@ -151,13 +153,13 @@ class RdmaTarget:
     def __init__(self, *, devices: str = "") -> None:
         """``devices``: the network devices that UCX may use; empty: all."""
         self._devices = devices
-        self._agent: _Agent | None = None
+        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
         self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
         self._notices: set[bytes] = set()
 
-    def prepare(self, job: Job, room: Room) -> bytes:
-        self._agent = self._agent or _Agent(name_of(source=False, rank=job.rank), self._devices)
+    def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
+        self._agent = self._agent or _Agent(self._devices)
         self._room, self._buffers = room, room.all()
         self._agent.register(self._buffers)
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
