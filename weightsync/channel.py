@@ -129,8 +129,8 @@ class WeightSender:
             raise WeightSyncError(f"the participants use different transports: {', '.join(sorted(transports))}")
         ranks, tensors = [join.rank for join in joins], joins[0].tensors
         for name, join in zip(self._names, joins, strict=True):
-            if join.tensors != tensors:
-                different = sorted(set(tensors) ^ set(join.tensors), key=lambda tensor: tensor.name)
+            different = sorted(set(tensors) ^ set(join.tensors), key=lambda tensor: tensor.name)
+            if different:  # the order is each side's own
                 raise WeightSyncError(f"{name} has another model than {self._names[0]}: {different[:2]}")
         layouts = Layout(tensors, tuple(ranks[: self._sources])), Layout(tensors, tuple(ranks[self._sources :]))
         if self._coordinator is None or layouts != self._layouts:

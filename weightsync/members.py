@@ -294,9 +294,10 @@ class WeightReceiver(_Member):
                 self._engine.install(job.version, self._arrived.buffers)
                 return m.Committed(attempt)
             case m.Resume(attempt):
-                self._room.live = self._arrived.buffers
+                previous, self._room.live = self._room.live, self._arrived.buffers
                 self._installed = self._paused = False
                 self._engine.resume(job.version)
+                del previous  # not earlier: giving back mapped memory takes long, and the engine would wait for it
                 self._transport.finish()
                 return m.Resumed(attempt)
         raise WeightSyncError(f"a receiver does not {effect}")

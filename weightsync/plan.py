@@ -90,9 +90,11 @@ def make_plan(sender: Layout, receiver: Layout) -> Plan:
     """The plan between two layouts. Raises LayoutError, naming rank and tensor, if a layout contradicts itself, the
     sides disagree about a tensor, or no sender holds what a receiver needs."""
     tensors, wanted = sender.check("sender"), receiver.check("receiver")
-    for name, tensor in wanted.items():
-        if tensors.get(name) != tensor:
-            raise LayoutError(f"tensor {name!r}: the receiver expects {tensor}, the sender has {tensors.get(name)}")
+    for name in sorted(tensors.keys() | wanted.keys()):
+        if tensors.get(name) != wanted.get(name):
+            raise LayoutError(
+                f"tensor {name!r}: the receiver expects {wanted.get(name)}, the sender has {tensors.get(name)}"
+            )
     assigned = _balance(list(_needs(sender, receiver, tensors)))
     batches = tuple(batch for pair in sorted(assigned) for batch in _batches(*pair, assigned[pair]))
     return Plan(batches, xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(batches)))

@@ -202,8 +202,10 @@ def test_bytes_that_no_sender_has_are_named():
     with pytest.raises(LayoutError, match=r"rank 0 needs Box\(top=3, bottom=4, left=0, right=8\) of 'w'"):
         make_plan(simple(part), simple(WHOLE))
     other = Layout((Tensor("w", (4, 8), "float16"),), simple(WHOLE).ranks)
-    with pytest.raises(LayoutError, match="the receiver expects"):
-        make_plan(simple(WHOLE), other)
+    more = Layout((*other.tensors, Tensor("v", (4,), "float16")), other.ranks)
+    for sides in ((simple(WHOLE), other), (more, other), (other, more)):
+        with pytest.raises(LayoutError, match="the receiver expects"):
+            make_plan(*sides)
 
 
 def test_the_shape_of_a_model_folder(tmp_path):
