@@ -25,7 +25,7 @@ from zerokl.weightsync.messages import HexDigest, Version, name_of
 from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.transports import delta
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
-from zerokl.weightsync.transports.copies import target_view, view
+from zerokl.weightsync.transports.copies import move, target_view, view
 
 _POLL_S = 0.01
 _MAX_MANIFEST = 16 << 20
@@ -81,7 +81,7 @@ class DiskSource:
             self._chain, self._last = (), {}
             raise TransferError(f"cannot write weights to {self._folder}: {error.strerror}") from error
         for name, buffer in self._buffers.items():
-            self._last.setdefault(name, torch.empty_like(buffer)).copy_(buffer)
+            move(self._last.setdefault(name, torch.empty_like(buffer)), buffer)
         return written
 
     def finish(self) -> None:
@@ -143,7 +143,7 @@ class DiskTarget:
             if held.get(source) in chain:
                 chain = chain[chain.index(held[source]) + 1 :]
                 for copy in parts if live is not buffers and not self._room.in_place else ():
-                    target_view(buffers, copy).copy_(target_view(live, copy))
+                    move(target_view(buffers, copy), target_view(live, copy))
                     copied += copy.nbytes
             for link in chain:
                 job.check(f"the weights of {name}")
@@ -205,7 +205,7 @@ def _read(folder: Path, link: str, source: int, copies: list[Copy], buffers: Buf
             if copy.source_buffer not in tensors:
                 raise TransferError(f"trainer-{source} did not write {copy.source_buffer!r} in {link}")
             origin = view(tensors[copy.source_buffer], copy.source_offset, copy.source_pitch, copy)
-            target_view(buffers, copy).copy_(origin)
+            move(target_view(buffers, copy), origin)
             written += copy.nbytes
         return written
     return sum(_changes(manifest, tensors, copies, buffers))

@@ -27,7 +27,7 @@ from zerokl.weightsync.layout import Typed
 from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.plan import Batch
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
-from zerokl.weightsync.transports.copies import target_view, view
+from zerokl.weightsync.transports.copies import move, target_view, view
 
 ALIGNMENT = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -145,7 +145,7 @@ class IpcTarget:
                 origin = exported[source].get(copy.source_buffer)
                 if origin is None:
                     raise TransferError(f"trainer-{source} did not export {copy.source_buffer!r}")
-                target_view(buffers, copy).copy_(view(origin, copy.source_offset, copy.source_pitch, copy))
+                move(target_view(buffers, copy), view(origin, copy.source_offset, copy.source_pitch, copy))
                 copied += copy.nbytes
         return Arrived(buffers, copied)
 
