@@ -171,7 +171,7 @@ def test_plan_prints_routes_bytes_and_seconds(zerokl, tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trainer", "tp=2"], "do not divide"),
+        (["--trainer", "pp=3"], "do not divide"),
         (["--trainer", "cp=2"], "'cp=2' is not a size"),
         (["--rollout", "tp=-1"], "'tp=-1' is not a size"),
         (["--speed", "ipc=nan"], "'ipc=nan' is not a speed"),
