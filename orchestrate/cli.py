@@ -116,6 +116,26 @@ def train(
 
 
 @app.command()
+def plan(
+    model: Annotated[Path, typer.Option(help="A Hugging Face model folder; only its config.json is read.")],
+    trainer: Annotated[str, typer.Option(help="Megatron's sizes: tp, pp, ep, dp, etp, vocabulary_multiple.")] = "",
+    rollout: Annotated[str, typer.Option(help="SGLang's sizes: tp, ep, engines.")] = "",
+    speed: Annotated[list[str] | None, typer.Option(help="transport=GB/s, e.g. ipc=10; may be repeated.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+) -> None:
+    """Show which weights would travel from which trainer rank to which rollout rank, and predict how long."""
+    from zerokl.orchestrate import files, transfer_plan
+
+    if json is not None:
+        files.check_writable(json)
+    result = transfer_plan.run(model, trainer, rollout, speed or [])
+    if json is not None:
+        files.write_json(json, result)
+    for line in transfer_plan.lines(result):
+        typer.echo(line)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
     """Make report.html and report.png again from what a run recorded."""
     from zerokl.orchestrate import report as command

@@ -67,10 +67,10 @@ def flip_bit(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor
 def live_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Hugging Face name -> view of the live parameter, contiguous. A tied head is the embedding, listed once."""
     whole = model.named_parameters()  # lists a shared parameter once
-    return {name: view for full, parameter in whole for name, view in _split(model, full, parameter)}
+    return {name: view for full, parameter in whole for name, view in live_parts(model, full, parameter)}
 
 
-def _split(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+def live_parts(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
     """The Hugging Face tensors a parameter of SGLang holds: parts of a fused one, real rows of a padded one."""
     path, _, leaf = name.rpartition(".")
     parent, _, last = path.rpartition(".")

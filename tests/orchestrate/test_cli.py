@@ -206,6 +206,34 @@ def test_resume_of_nothing(zerokl, tiny):
     assert "no run to resume" in err
 
 
+def test_plan_prints_routes_bytes_and_seconds(zerokl, tiny):
+    options = ("--trainer", "tp=2,dp=2,vocabulary_multiple=2", "--rollout", "engines=2", "--speed", "rdma=0.001")
+    code, out, _ = zerokl("plan", "--model", tiny, *options, "--json", "plan.json")
+    assert code == 0
+    result = json.loads(Path("plan.json").read_text())
+    assert result["bytes"] == 2 * result["model_bytes"] == sum(route["bytes"] for route in result["routes"])
+    assert {(r["trainer"], r["rollout"]) for r in result["routes"]} == {(t, r) for t in range(4) for r in range(2)}
+    assert result["seconds"]["rdma"] == result["model_bytes"] / 1e6  # what one engine receives, over its own link
+    assert result["digest"] in out
+    assert f"{result['seconds']['rdma']:.3f} s predicted" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer", "pp=3"], "do not divide"),
+        (["--trainer", "cp=2"], "'cp=2' is not a size"),
+        (["--rollout", "tp=-1"], "'tp=-1' is not a size"),
+        (["--speed", "ipc=nan"], "'ipc=nan' is not a speed"),
+        (["--model", "nowhere"], "config.json is not a usable model configuration"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(zerokl, tiny, options, message):
+    code, _, err = zerokl("plan", "--model", tiny, *options)
+    assert code == 2
+    assert message in err
+
+
 def test_report_of_nothing(zerokl):
     code, _, err = zerokl("report", "nowhere")
     assert code == 2

@@ -1,0 +1,191 @@
+"""The whole protocol in one process over the `ipc` transport: what arrives, what is copied, and what is refused."""
+
+import socket
+import threading
+import time
+
+import parties
+import pytest
+import torch
+from parties import MODEL, TOKEN, Parties, eventually
+
+from zerokl.weightsync import messages as m
+from zerokl.weightsync import wire
+from zerokl.weightsync.channel import WeightSender
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.megatron_layout import MegatronSizes
+from zerokl.weightsync.sglang_layout import SglangSizes
+from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(sources, targets, ...) -> Parties over ipc."""
+    running = []
+
+    def make(sources=1, targets=1, **options):
+        running.append(
+            Parties(
+                tmp_path,
+                [IpcSource(tmp_path) for _ in range(sources)],
+                [IpcTarget() for _ in range(targets)],
+                **options,
+            )
+        )
+        return running[-1]
+
+    yield make
+    for parties_ in running:
+        parties_.close()
+
+
+def test_every_rank_gets_each_version_and_serves_it(start):
+    trainer = MegatronSizes(tp=2, pp=2, vocabulary_multiple=4)
+    run = start(4, 4, trainer=trainer, rollout=SglangSizes(tp=2, engines=2))
+    assert run.serving() == [None] * 4
+    for version in range(3):
+        outcome = run.sync(f"v{version}", seed=version)
+        assert outcome.committed, outcome.cause
+        assert not outcome.lost
+        assert run.serving() == [f"v{version}"] * 4
+        assert run.all_hold(version)
+    assert run.engines[0].calls == [c for v in range(3) for c in ("pause", f"install v{v}", f"resume v{v}")]
+
+
+def test_matching_buffers_are_views_and_what_is_copied_is_counted(start):
+    run = start()
+    assert run.sync("v", seed=1).committed
+    outcome = run.sync("w", seed=2)
+    held = run.sources[0].buffers
+    fused = sum(x.numel() for name, x in held.items() if "linear_qkv" in name)  # interleaved differently
+    embedding = MODEL.vocabulary * MODEL.hidden * 2  # padded at the receiver
+    assert outcome.copied_bytes == sum(x.numel() for x in held.values()) + fused + embedding
+    assert outcome.bytes == sum(t.nbytes for t in MODEL.tensors().values())
+    views = {x.untyped_storage().data_ptr() for name, x in run.engines[0].buffers.items() if "qkv" not in name}
+    assert len(views) == 2  # the export, and the embedding
+    # later changes at the trainer do not reach the engine
+    for buffer in held.values():
+        buffer.add_(1)
+    assert run.all_hold(2)
+
+
+def test_a_slow_transport_is_refused(start):
+    run = start(floor_gb_per_s=1e6)
+    outcome = run.sync("v", seed=1)
+    assert not outcome.committed
+    assert "the floor is 1e+06" in outcome.cause
+    assert run.serving() == [None]
+
+
+def test_a_failure_while_installing_restores_the_old_version_everywhere(start):
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    assert run.sync("v1", seed=1).committed
+    broken, install = run.engines[1], run.engines[1].install
+
+    def fail(version, buffers):
+        install(version, buffers)
+        raise RuntimeError("out of memory")
+
+    broken.install = fail
+    outcome = run.sync("v2", seed=2)
+    assert (outcome.committed, outcome.failed_in) == (False, "commit")
+    assert outcome.cause == "rollout-1: RuntimeError: out of memory"
+    assert run.serving() == ["v1", "v1"]
+    assert run.all_hold(1)
+    broken.install = install
+    assert run.sync("v2", seed=2).committed
+    assert run.all_hold(2)
+
+
+def test_an_engine_that_cannot_go_back_is_quarantined_until_a_complete_transfer(start):
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    assert run.sync("v1", seed=1).committed
+    broken = run.engines[1]
+
+    def fail(*_):
+        raise RuntimeError("torn")
+
+    broken.install = broken.restore = fail
+    outcome = run.sync("v2", seed=2)
+    assert not outcome.committed
+    eventually(lambda: run.serving() == ["v1", None])
+    assert run.receivers[1].machine.state == "quarantined"
+    del broken.install, broken.restore
+    assert run.sync("v3", seed=3).committed
+    assert run.serving() == ["v3", "v3"]
+    assert run.all_hold(3)
+
+
+def test_a_missing_engine_stops_the_others_from_getting_ahead(start):
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    assert run.sync("v1", seed=1).committed
+    run.receivers[1].close()
+    eventually(lambda: not run.receivers[1]._thread.is_alive())
+    eventually(lambda: run.sender._inbox.qsize() > 0)  # the coordinator has read that it is gone
+    with pytest.raises(WeightSyncError, match="rollout-1 not connected"):
+        run.sync("v2", seed=2)
+    assert run.serving()[0] == "v1"
+
+
+def test_a_trainer_buffer_of_the_wrong_size_is_named(start):
+    run = start()
+    run.load(1)
+    run.sources[0].buffers = dict(run.sources[0].buffers) | {"decoder.final_layernorm.weight": torch.zeros(3)}
+    outcome = run.sender.sync("v")
+    assert not outcome.committed
+    assert outcome.cause.startswith("trainer-0: buffer 'decoder.final_layernorm.weight' should hold 48 bytes")
+
+
+@pytest.fixture
+def listener(tmp_path):
+    tmp_path.chmod(0o700)
+    with WeightSender(tmp_path / "s", TOKEN, sources=1, receivers=1) as sender:
+        yield sender
+
+
+def test_strangers_are_turned_away(listener, tmp_path):
+    for token, message in ((bytes(32), "closed"), (TOKEN, None)):
+        connection = wire.connect(tmp_path / "s", 5)
+        if message:
+            with pytest.raises(wire.ConnectionLost, match=message):
+                wire.introduce(connection, token, source=True, rank=0, deadline=time.monotonic() + 5)
+        else:
+            wire.introduce(connection, token, source=True, rank=0, deadline=time.monotonic() + 5)
+        connection.close()
+    assert listener.missing == ["trainer-0", "rollout-0"]
+
+
+def test_an_impostor_of_a_coordinator_is_turned_away(tmp_path):
+    ours, theirs = socket.socketpair()
+
+    def impostor():
+        connection = wire.Connection(theirs)
+        connection.send(m.Challenge(bytes(16)))
+        connection.receive(m.Hello)
+        connection.send(m.Welcome(bytes(32)))
+
+    threading.Thread(target=impostor, daemon=True).start()
+    with pytest.raises(wire.ConnectionLost, match="coordinator does not know the run's token"):
+        wire.introduce(wire.Connection(ours), TOKEN, source=True, rank=0, deadline=time.monotonic() + 5)
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path):
+    tmp_path.chmod(0o755)
+    with pytest.raises(WeightSyncError, match="must belong to this user alone"):
+        WeightSender(tmp_path / "s", TOKEN, sources=1, receivers=1)
+
+
+def test_only_expected_names_are_let_in_and_only_once(listener, tmp_path):
+    layout = parties.megatron_layout(MODEL, MegatronSizes())
+    first = parties.WeightSource(tmp_path / "s", TOKEN, layout, 0, IpcSource(tmp_path))
+    first.start()
+    with pytest.raises(TimeoutError, match=r"for rollout-0 to connect"):
+        listener.wait(1)
+    second = parties.WeightSource(tmp_path / "s", TOKEN, layout, 0, IpcSource(tmp_path))
+    second.start()
+    with pytest.raises(TimeoutError):
+        listener.wait(0.5)
+    assert second.last_error == "the connection was closed"
+    assert first.last_error == ""
+    first.close()
+    second.close()

@@ -1,0 +1,49 @@
+"""A real module as the engine: fused parameters get their parts, and a failure gives back what was there."""
+
+import test_push
+import torch
+from parties import QUICK, TOKEN
+from test_push import VOCAB, weights  # noqa: F401
+
+from zerokl.weightsync.channel import WeightSender
+from zerokl.weightsync.live_model import LiveModel, named_layout
+from zerokl.weightsync.members import WeightReceiver, WeightSource
+from zerokl.weightsync.sglang_loader import live_parameters
+from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
+
+
+def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_path, weights):  # noqa: F811
+    tmp_path.chmod(0o700)
+    model, calls = test_push.Model(), []
+    before = {name: x.clone() for name, x in live_parameters(model).items()}
+    engine = LiveModel(
+        model, pause=lambda: calls.append("pause"), flush=lambda: calls.append("flush"), resume=calls.append
+    )
+    layout, buffers = named_layout(weights)
+    source = WeightSource(tmp_path / "s", TOKEN, layout, 0, IpcSource(tmp_path))
+    receiver = WeightReceiver(tmp_path / "s", TOKEN, engine.layout, 0, IpcTarget(), engine)
+    with WeightSender(tmp_path / "s", TOKEN, sources=1, receivers=1, deadlines=QUICK) as sender:
+        source.buffers = buffers
+        source.start()
+        receiver.start()
+        sender.wait(20)
+        install, engine.install = engine.install, lambda *_: install(*_) or 1 / 0  # type: ignore[method-assign]
+        outcome = sender.sync("v0")
+        assert "ZeroDivisionError" in outcome.cause
+        assert all(torch.equal(x, before[name]) for name, x in live_parameters(model).items())
+        engine.install = install  # type: ignore[method-assign]
+        calls.clear()
+        outcome = sender.sync("v1")
+        assert outcome.committed, outcome.cause
+        assert calls == ["pause", "flush", "v1"]
+        live = live_parameters(model)
+        assert live.keys() == weights.keys()
+        assert all(torch.equal(live[name], x) for name, x in weights.items())
+        assert model.lm_head.weight is model.embed_tokens.weight
+        assert not model.embed_tokens.weight[VOCAB:].any()
+        parts = [weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]
+        assert torch.equal(model.self_attn.qkv_proj.weight, torch.cat(parts))
+        x = torch.ones(1, 8, dtype=torch.bfloat16)
+        assert torch.equal(model.mlp.gate_up_proj(x)[0, :6], (x @ weights["mlp.gate_proj.weight"].T)[0])
+    source.close()
+    receiver.close()

@@ -1,0 +1,298 @@
+"""Every transport behind the same protocol: what arrives, what it costs, and what damage on the way leads to."""
+
+import fcntl
+import os
+import shutil
+import threading
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parties import MODEL, Parties, trainer_buffers
+
+from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
+from zerokl.weightsync.model_shape import ModelShape
+from zerokl.weightsync.plan import make_plan
+from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
+from zerokl.weightsync.transports import collective, delta, disk, ipc, rdma
+from zerokl.weightsync.transports.base import Job, TransferError
+
+NAMES = ["ipc", "rdma", "collective", "disk"]
+TRAINER, ROLLOUT = MegatronSizes(tp=2, pp=2, vocabulary_multiple=4), SglangSizes(tp=2, engines=2)
+
+
+def ends(name, folder, sources, targets):
+    """(sending ends, receiving ends) of a transport."""
+    if name == "ipc":
+        return [ipc.IpcSource(folder) for _ in range(sources)], [ipc.IpcTarget() for _ in range(targets)]
+    if name == "rdma":
+        return [rdma.RdmaSource() for _ in range(sources)], [rdma.RdmaTarget() for _ in range(targets)]
+    if name == "collective":
+        size = {"ranks": (sources, targets)}
+        return (
+            [collective.CollectiveSource(folder, **size) for _ in range(sources)],
+            [collective.CollectiveTarget(folder, **size) for _ in range(targets)],
+        )
+    return [disk.DiskSource(folder / "disk", complete_every=3, delta_below=2) for _ in range(sources)], [
+        disk.DiskTarget() for _ in range(targets)
+    ]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(name, trainer's sizes, rollout's sizes, damage) -> Parties."""
+    running = []
+
+    def make(name, trainer=MegatronSizes(), rollout=SglangSizes(), damage=None, **options):  # noqa: B008
+        sources, targets = ends(name, tmp_path, trainer.tp * trainer.dp * trainer.pp, rollout.tp * rollout.engines)
+        if damage is not None:
+            targets[-1] = damage(targets[-1])
+        running.append(Parties(tmp_path, sources, targets, trainer=trainer, rollout=rollout, **options))
+        return running[-1]
+
+    yield make
+    for run in running:
+        run.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank_gets_every_version(start, name):
+    run = start(name, TRAINER, ROLLOUT)
+    for version in range(5):
+        outcome = run.sync(f"v{version}", seed=version)
+        assert outcome.committed, outcome.cause
+        assert run.serving() == [f"v{version}"] * 4
+        assert run.all_hold(version)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_speed(start, name, capsys):
+    """Prints what the machine does; a floor far above it must refuse."""
+    model = ModelShape(49152, 576, 1536, 2, 9, 3, 64, tied=True)
+    run = start(name, model=model)
+    run.sources[0]._transport._delta_below = 0.25
+    assert run.sync("cold", seed=0).committed
+    for seed in (1, 2):
+        outcome = run.sync(f"v{seed}", seed=seed)
+        assert outcome.committed
+    size = sum(tensor.nbytes for tensor in model.tensors().values())
+    assert outcome.bytes == size
+    with capsys.disabled():
+        verify = outcome.seconds["verify"]
+        print(
+            f"\n{name:>10}: {size / 1e6:.0f} MB in {outcome.seconds['transfer']:.3f} s, {outcome.gb_per_s:.2f} GB/s, "
+            f"{outcome.copied_bytes / size:.2f} copies, verified in {verify:.3f} s"
+        )
+    run.sender._floor = 1e4
+    run.sender._coordinator = None
+    assert "the floor is 10000" in run.sync("refused", seed=3).cause
+    assert run.serving() == ["v2"]
+
+
+class Damaged:
+    """A receiving end whose bytes are damaged on arrival, once it is armed."""
+
+    def __init__(self, inner):
+        self.inner, self.name, self.kind, self.fired = inner, inner.name, None, []
+
+    def prepare(self, job, room):
+        return self.inner.prepare(job, room)
+
+    def finish(self):
+        self.inner.finish()
+
+    def transfer(self, job, endpoints):
+        arrived = self.inner.transfer(job, endpoints)
+        if self.kind is None:
+            return arrived
+        buffers = {name: buffer.clone() for name, buffer in arrived.buffers.items()}
+        copies = [copy for batch in job.received() for copy in batch.copies if copy.rows == 1]
+        first, twin = next(
+            (c, d) for i, c in enumerate(copies) for d in copies[i + 1 :] if c.row_bytes == d.row_bytes > 16
+        )
+        a, b = (buffers[c.target_buffer][c.target_offset : c.target_offset + c.row_bytes] for c in (first, twin))
+        before = a.clone()
+        if self.kind == "flipped bit":
+            a[7] ^= 16
+        elif self.kind == "truncated":
+            a[-2:] = 0
+        elif self.kind == "missing":
+            a[:] = 0
+        elif self.kind == "duplicated":
+            a[:] = b
+        elif self.kind == "reordered":
+            a[:], b[:] = b.clone(), before
+        if not torch.equal(a, before):
+            self.fired.append((self.kind, first.tensor))
+        return type(arrived)(buffers, arrived.copied_bytes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_on_the_way_is_found_and_changes_nothing(start, name):
+    run = start(name, rollout=SglangSizes(engines=2), damage=Damaged)
+    damaged = run.receivers[-1]._transport
+    assert run.sync("v1", seed=1).committed
+    kinds = ["flipped bit", "truncated", "missing", "duplicated", "reordered"]
+    for number, damaged.kind in enumerate(kinds):
+        outcome = run.sync(f"bad {number}", seed=10 + number)
+        assert (outcome.committed, outcome.failed_in) == (False, "verify"), outcome.cause
+        kind, tensor = damaged.fired[number]  # the witness
+        assert kind == damaged.kind
+        assert outcome.cause.startswith(f"rollout-1: tensor {tensor!r} from trainer-0")
+        assert run.serving() == ["v1", "v1"]
+        assert run.all_hold(1)
+    damaged.kind = None
+    assert run.sync("v2", seed=2).committed
+    assert run.all_hold(2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_updated_in_place_is_quarantined_by_damage_until_a_complete_transfer(start, name):
+    run = start(name, rollout=SglangSizes(engines=2), damage=InPlaceDamage, in_place=True)
+    damaged = run.receivers[-1]._transport
+    assert run.sync("v1", seed=1).committed
+    own = run.receivers[0]._room.live["model.norm.weight"].data_ptr()
+    damaged.armed = True
+    outcome = run.sync("v2", seed=2)
+    assert (outcome.committed, outcome.failed_in, damaged.fired) == (False, "verify", 1)
+    assert outcome.quarantined == {"rollout-0", "rollout-1"}  # both had been written to
+    assert run.serving() == [None, None]
+    assert run.sync("v3", seed=3).committed
+    assert run.serving() == ["v3", "v3"]
+    assert run.all_hold(3)
+    assert run.engines[0].buffers["model.norm.weight"].data_ptr() == own
+
+
+class InPlaceDamage:
+    """A receiving end that flips one bit of what it wrote, once, when armed."""
+
+    def __init__(self, inner):
+        self.inner, self.name, self.armed, self.fired = inner, inner.name, False, 0
+
+    def prepare(self, job, room):
+        return self.inner.prepare(job, room)
+
+    def finish(self):
+        self.inner.finish()
+
+    def transfer(self, job, endpoints):
+        arrived = self.inner.transfer(job, endpoints)
+        if self.armed:
+            arrived.buffers["model.norm.weight"][1] ^= 1
+            self.armed, self.fired = False, self.fired + 1
+        return arrived
+
+
+def memory_file(size, seals):
+    file = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, size)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
+def test_memory_that_could_still_change_or_has_another_size_is_refused():
+    export = ipc.Export("", bytes(16), 4096, {"b": (0, 64)})
+    assert ipc.map_export(memory_file(4096, ipc._SEALS), export, "t")["b"].numel() == 64
+    for seals in (0, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE):
+        with pytest.raises(TransferError, match="that it can still change"):
+            ipc.map_export(memory_file(4096, seals), export, "t")
+    with pytest.raises(TransferError, match="handed over 8192 bytes, announced were 4096"):
+        ipc.map_export(memory_file(8192, ipc._SEALS), export, "t")
+
+
+def test_memory_is_handed_only_to_who_knows_the_nonce(tmp_path):
+    left, right = megatron_layout(MODEL, MegatronSizes()), sglang_layout(MODEL, SglangSizes())
+    job = Job(bytes(16), "v", make_plan(left, right), 0)
+    source, target = ipc.IpcSource(tmp_path), ipc.IpcTarget()
+    export = ipc.parse_export(source.prepare(job, trainer_buffers(MODEL, MegatronSizes(), 0, 1)))
+    serving = threading.Thread(target=source.transfer, args=(job, {}), daemon=True)
+    serving.start()
+    wrong = msgspec.structs.replace(export, nonce=bytes(16))
+    with pytest.raises(TransferError, match="trainer-0 refused to hand over"):
+        target._fetch(job, "trainer-0", wrong)
+    assert target._fetch(job, "trainer-0", export).keys() == export.buffers.keys()
+    serving.join(10)
+    source.finish()
+    assert list(tmp_path.glob("*.ipc")) == []
+
+
+def shard_of_last(folder):
+    (newest,) = [p for p in (folder / "disk").iterdir() if len(disk.read_manifest(p / "trainer-0.json").chain) == 2]
+    return newest / "trainer-0.safetensors"
+
+
+def test_disk_writes_changes_only_and_starts_again(start, tmp_path):
+    run = start("disk")
+    assert run.sync("v1", seed=1).committed
+    run.sources[0].buffers["decoder.final_layernorm.weight"][5] += 1
+    outcome = run.sender.sync("v2")
+    assert outcome.committed
+    sizes = sorted(p.stat().st_size for p in (tmp_path / "disk").rglob("*.safetensors"))
+    assert sizes[0] < sizes[1] / 4
+    for version in range(3, 12):
+        assert run.sync(f"v{version}", seed=version % 3).committed
+        assert run.all_hold(version % 3)
+    assert len(list((tmp_path / "disk").iterdir())) <= 4
+
+
+def test_a_receiver_without_the_base_reads_the_whole_chain(start):
+    run = start("disk", rollout=SglangSizes(engines=2))
+    assert run.sync("v1", seed=1).committed
+    run.receivers[1]._transport._held = {}  # as after a restart
+    assert run.sync("v2", seed=2).committed
+    assert run.all_hold(2)
+
+
+def test_a_delta_on_the_wrong_base_is_found(start):
+    run = start("disk")
+    assert run.sync("v1", seed=1).committed
+    run.receivers[0]._room.live["model.norm.weight"][3] ^= 1  # no longer what v1 was
+    run.load(1)
+    run.sources[0].buffers["decoder.layers.0.input_layernorm.weight"][0] ^= 1  # v2 changes something else only
+    outcome = run.sender.sync("v2")
+    assert outcome.failed_in == "verify"
+    assert "tensor 'model.norm.weight'" in outcome.cause
+    run.load(1)  # v3 changes nothing that v2 had not: only a read from the last complete version on gets it right
+    assert run.sender.sync("v3").committed
+    assert run.all_hold(1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "is damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:100] + b"\0" + p.read_bytes()[101:]), "is damaged"),
+        (lambda p: p.unlink(), "cannot read"),
+        (lambda p: p.with_suffix(".json").write_text("{}"), "is no manifest"),
+        (lambda p: shutil.rmtree(p.parent), "is no manifest"),
+    ],
+)
+def test_a_damaged_link_of_the_chain_is_named(start, tmp_path, damage, cause):
+    run = start("disk")
+    assert run.sync("v1", seed=1).committed
+    assert run.sync("v2", seed=2).committed
+    run.receivers[0]._transport._held = {}
+    damage(shard_of_last(tmp_path))
+    outcome = run.sync("v3", seed=3)
+    assert outcome.failed_in == "transfer"
+    assert cause in outcome.cause
+    assert "trainer-0" in outcome.cause
+    assert run.serving() == ["v2"]
+    for _ in range(3):  # until a complete version comes
+        if (outcome := run.sync("v4", seed=4)).committed:
+            break
+    assert outcome.committed
+    assert run.all_hold(4)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.binary(min_size=0, max_size=200), st.data())
+def test_a_delta_gives_back_the_new_version(old, data):
+    old = old[: len(old) // 2 * 2]
+    new = data.draw(st.binary(min_size=len(old), max_size=len(old)))
+    before, after = (torch.frombuffer(bytearray(x) or bytearray(2), dtype=torch.uint8) for x in (old, new))
+    positions, values = delta.decode(*delta.encode(before, after), before.numel())
+    before.numpy().view("<u2")[positions // 2] = values
+    assert torch.equal(before, after)

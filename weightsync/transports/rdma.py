@@ -1,0 +1,211 @@
+"""`rdma`: NIXL one-sided writes from registered memory into registered memory.
+
+On a machine without a NIC, UCX carries the same calls over shared memory or TCP. A stopped peer or a link that is down
+never raises an error here; deadlines and the receivers' acknowledgements catch both. CPU memory so far.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import torch
+
+from zerokl.weightsync.layout import Typed
+from zerokl.weightsync.messages import name_of
+from zerokl.weightsync.plan import Batch, Copy
+from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
+
+_PACKAGES = ("nixl_cu13", "nixl_cu12")
+_BACKEND = "UCX"
+_POLL_S = 0.0002
+
+
+class Registered(Typed, frozen=True):
+    """A receiver's agent, and its buffers: name -> address, bytes."""
+
+    metadata: Annotated[bytes, msgspec.Meta(max_length=1 << 16)]
+    buffers: dict[str, tuple[int, int]]
+
+
+class _Agent:
+    """One NIXL agent and the memory registered with it."""
+
+    def __init__(self, devices: str) -> None:
+        package = next((p for p in _PACKAGES if importlib.util.find_spec(p)), None)
+        if package is None:
+            raise TransferError("the rdma transport needs NIXL: pip install nixl-cu12")
+        api = importlib.import_module(f"{package}._api")
+        # without a thread of its own: both sides poll while they transfer, and an idle engine needs its cores
+        settings = api.nixl_agent_config(enable_prog_thread=False, backends=[])
+        self.api: Any = api.nixl_agent(secrets.token_hex(16), settings)
+        self.api.create_backend(_BACKEND, {"ucx_devices": devices})
+        bindings = importlib.import_module(f"{package}._bindings")
+        classes = [
+            value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
+        ]
+        self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *classes)  # they have no common base
+        self._registered: dict[tuple[int, int], Any] = {}
+
+    def register(self, buffers: Buffers) -> None:
+        """Register these buffers, and no others any more beyond two sets of them."""
+        wanted = {(buffer.data_ptr(), buffer.numel()): buffer for buffer in buffers.values()}
+        if len(self._registered) > 2 * len(wanted):
+            self.forget()
+        new = [(*place, 0, "") for place in wanted if place not in self._registered]
+        if new:
+            handle = self.api.register_memory(new, "DRAM")
+            self._registered |= {place[:2]: handle for place in new}
+
+    def forget(self) -> None:
+        """Take back every registration: nobody can write here with what they were told before."""
+        for handle in {id(handle): handle for handle in self._registered.values()}.values():
+            self.api.deregister_memory(handle)
+        self._registered.clear()
+
+
+class RdmaSource:
+    """Writes into the receivers' memory."""
+
+    name = "rdma"
+
+    def __init__(self, *, devices: str = "") -> None:
+        """``devices``: the network devices that UCX may use; empty: all."""
+        self._devices = devices
+        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
+        self._buffers: Buffers = {}
+        self._peers: list[str] = []
+        self._handles: list[Any] = []
+
+    def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
+        self._agent = self._agent or _Agent(self._devices)
+        self._agent.register(buffers)
+        self._buffers = buffers
+        return b""
+
+    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
+        batches: dict[str, list[Batch]] = {}
+        for batch in job.sent():
+            batches.setdefault(name_of(source=False, rank=batch.target), []).append(batch)
+        running = {name: self._start(job, name, parse(endpoints.get(name, b"")), b) for name, b in batches.items()}
+        while running:
+            job.check("writes to " + ", ".join(sorted(running)))
+            running = {name: handle for name, handle in running.items() if not self._written(name, handle)}
+            time.sleep(_POLL_S)
+        return sum(batch.nbytes for batch in job.sent())
+
+    def finish(self) -> None:
+        if self._agent is None:
+            return
+        try:
+            for handle in self._handles:
+                self._agent.api.release_xfer_handle(handle)
+            for peer in self._peers:
+                self._agent.api.remove_remote_agent(peer)
+        except self._agent.errors:  # a write to a lost peer cannot be ended one by one: the next attempt starts afresh
+            self._agent = None
+        self._handles, self._peers, self._buffers = [], [], {}
+
+    def _written(self, name: str, handle: Any) -> bool:
+        """Whether a write is complete. Raises TransferError if it failed."""
+        assert self._agent is not None
+        try:
+            state = self._agent.api.check_xfer_state(handle)
+        except self._agent.errors as error:
+            raise TransferError(f"the write to {name} failed: {type(error).__name__}") from error
+        if state == "ERR":
+            raise TransferError(f"the write to {name} failed")
+        return state == "DONE"
+
+    def _start(self, job: Job, name: str, target: Registered, batches: list[Batch]) -> Any:
+        copies = [copy for batch in batches for copy in batch.copies]
+        sources = {key: (buffer.data_ptr(), buffer.numel()) for key, buffer in self._buffers.items()}
+        here = _runs([(sources[c.source_buffer], c.source_offset, c.source_pitch, c) for c in copies])
+        missing = sorted({c.target_buffer for c in copies} - target.buffers.keys())
+        if missing:
+            raise TransferError(f"{name} registered no buffer {missing[0]!r}")
+        there = _runs([(target.buffers[c.target_buffer], c.target_offset, c.target_pitch, c) for c in copies])
+        assert self._agent is not None
+        api = self._agent.api
+        try:
+            peer = api.add_remote_agent(target.metadata)
+            self._peers.append(peer)
+            descriptors = [api.get_xfer_descs(runs, "DRAM") for runs in (here, there)]
+            handle = api.initialize_xfer("WRITE", *descriptors, peer, _notice(job.attempt, job.rank))
+            self._handles.append(handle)
+            api.transfer(handle)
+        except self._agent.errors as error:
+            raise TransferError(f"cannot write to {name}: {type(error).__name__}: {error}") from error
+        return handle
+
+
+class RdmaTarget:
+    """Registers its memory and waits for every sender's notice."""
+
+    name = "rdma"
+
+    def __init__(self, *, devices: str = "") -> None:
+        """``devices``: the network devices that UCX may use; empty: all."""
+        self._devices = devices
+        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
+        self._room = Room({})
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._notices: set[bytes] = set()
+
+    def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
+        self._agent = self._agent or _Agent(self._devices)
+        self._room, self._buffers = room, room.all()
+        self._agent.register(self._buffers)
+        places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
+        return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places))
+
+    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> Arrived:  # noqa: ARG002  (senders come here)
+        assert self._agent is not None
+        missing = {_notice(job.attempt, batch.source): batch.source for batch in job.received()}
+        while missing:
+            names = ", ".join(sorted(name_of(source=True, rank=rank) for rank in missing.values()))
+            job.check(f"{names} to write")
+            for notices in self._agent.api.get_new_notifs().values():
+                for notice in notices:
+                    missing.pop(notice, None)
+            time.sleep(_POLL_S)
+        return Arrived(self._buffers, 0)
+
+    def finish(self) -> None:
+        if self._agent is not None and self._room.live is not self._buffers:
+            self._agent.forget()  # the attempt failed: a sender that wakes up late must not write here
+        self._buffers = {}
+
+
+def parse(data: bytes) -> Registered:
+    """Decode what a receiver announced. Raises TransferError for anything but that."""
+    try:
+        found = msgspec.msgpack.decode(data, type=Registered)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise TransferError(f"not an rdma registration: {error}") from error
+    for name, (address, size) in found.buffers.items():
+        if not (0 < address < 1 << 63 and 0 <= size < 1 << 48):
+            raise TransferError(f"buffer {name!r} of {size} bytes at {address} cannot be")
+    return found
+
+
+def _runs(parts: list[tuple[tuple[int, int], int, int, Copy]]) -> np.ndarray:
+    """(address, bytes, device 0) of every row of every copy, int64 [n, 3]. Raises TransferError outside a buffer."""
+    rows = []
+    for (address, size), offset, pitch, copy in parts:
+        if offset + (copy.rows - 1) * pitch + copy.row_bytes > size:
+            raise TransferError(f"{copy.tensor!r} does not fit into a buffer of {size} bytes")
+        starts = address + offset + pitch * np.arange(copy.rows, dtype=np.int64)
+        rows.append(np.stack([starts, np.full_like(starts, copy.row_bytes), np.zeros_like(starts)], axis=1))
+    return np.concatenate(rows)
+
+
+def _notice(attempt: bytes, rank: int) -> bytes:
+    """What a sender's last write says to its receiver."""
+    return attempt + b"%d" % rank
