@@ -155,8 +155,6 @@ def _check_moe(settings: Settings, config: ModelConfig) -> None:
         raise UserError(
             f"--replay {settings.replay}: {config.architecture} is dense, it routes nothing", "leave it out"
         )
-    if settings.stock and config.moe is not None:
-        raise UserError("--control stock: stock layers of mixture-of-experts models are not supported", "leave it out")
 
 
 def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tuple[RolloutEngine, MegatronPolicy]:
