@@ -120,7 +120,7 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
     folder = models.resolve(settings.model)
     config = models.check(folder)
     _check_moe(settings, config)
-    faults.check(settings.inject, config, settings.replay)
+    faults.check(settings.inject, config, settings.replay, stock=settings.stock)
     tokenizer = Tokenizer(folder, config.vocab_size)
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:

@@ -78,7 +78,7 @@ def to_hf(
 
 
 def separate_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same parameters as Megatron's own layers name them, ``experts.local_experts.{e}.linear_fc1.weight``: views."""
+    """The same as Megatron's own layers name it, ``experts.local_experts.{e}.linear_fc1.weight``, as views."""
     separate: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         layer, found, matrix = name.partition(_STACKED)
