@@ -24,10 +24,12 @@ _SPARSE = ("routing-slots", "tie-break", "combine-order", "stale-bias", "replay-
 _TIMEOUT_S = 300.0
 
 
-def check(fault: Fault | None, config: ModelConfig, replay: Mode) -> None:
+def check(fault: Fault | None, config: ModelConfig, replay: Mode, *, stock: bool) -> None:
     """Raise UserError for a fault that the model, or the run, has no place for."""
     if fault in _SPARSE and config.moe is None:
         raise UserError(f"--inject {fault}: {config.architecture} is dense", "use a mixture-of-experts model")
+    if fault in _SPARSE and fault != "replay-shift" and stock:
+        raise UserError(f"--inject {fault}: only zerokl's own router can be faulty", "leave out --control stock")
     if fault == "stale-bias" and not (config.moe and config.moe.router.bias):
         raise UserError(f"--inject stale-bias: {config.architecture} has no selection bias", "use another model")
     if fault == "tie-break" and replay == "on":

@@ -88,8 +88,6 @@ def _check_routing(config: Config, model: ModelConfig) -> None:
     if config.train.routing_replay != "off" and model.moe is None:
         raise UserError(f"train.routing_replay = {config.train.routing_replay}: {model.architecture} routes nothing",
                         "set it to off")  # fmt: skip
-    if config.control.enabled and model.moe is not None:
-        raise UserError("control.enabled: stock layers of mixture-of-experts models are not supported", "disable it")
 
 
 def _absolute(config: Config, base: Path) -> Config:

@@ -120,7 +120,7 @@ def _requests(settings: Settings) -> tuple[Path, list[Request]]:
     folder = models.resolve(settings.model)
     config = models.check(folder)
     _check_moe(settings, config)
-    faults.check(settings.inject, config, settings.replay)
+    faults.check(settings.inject, config, settings.replay, stock=settings.stock)
     tokenizer = Tokenizer(folder, config.vocab_size)
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
@@ -155,8 +155,6 @@ def _check_moe(settings: Settings, config: ModelConfig) -> None:
         raise UserError(
             f"--replay {settings.replay}: {config.architecture} is dense, it routes nothing", "leave it out"
         )
-    if settings.stock and config.moe is not None:
-        raise UserError("--control stock: stock layers of mixture-of-experts models are not supported", "leave it out")
 
 
 def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tuple[RolloutEngine, MegatronPolicy]:

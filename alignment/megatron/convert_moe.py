@@ -2,7 +2,8 @@
 
 ``experts.linear_fc1`` [E, 2 F, H] holds each expert's gate rows and then its up rows, ``experts.linear_fc2`` [E, H, F]
 its down projection. So a Hugging Face tensor is a view into the stacked one. Shared experts are one MLP with the same
-layout; the router's selection bias is fp32 and a buffer, for no gradient reaches it.
+layout; the router's selection bias is fp32 and a buffer, for no gradient reaches it. Megatron's own layers hold every
+expert's matrices apart (`separate_experts`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ BIAS = "gate.e_score_correction_bias"
 _ROUTER, _M_ROUTER, _M_BIAS = "gate.weight", "router.weight", "router.expert_bias"
 _M_FC1, _M_FC2 = "experts.linear_fc1.weight", "experts.linear_fc2.weight"
 _M_SHARED_FC1, _M_SHARED_FC2 = "shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight"
+# where names of stacked experts and of experts apart differ
+_STACKED, _LOCAL = ".mlp.experts.", ".mlp.experts.local_experts."
 
 
 def hf_shapes(moe: MoeConfig, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -72,6 +75,31 @@ def to_hf(
         yield target + _shared("gate"), gate
         yield target + _shared("up"), up
         yield target + _shared("down"), state[source + _M_SHARED_FC2]
+
+
+def separate_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as Megatron's own layers name it, ``experts.local_experts.{e}.linear_fc1.weight``, as views."""
+    separate: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        layer, found, matrix = name.partition(_STACKED)
+        if found:
+            separate |= {f"{layer}{_LOCAL}{expert}.{matrix}": weight for expert, weight in enumerate(tensor)}
+        else:
+            separate[name] = tensor
+    return separate
+
+
+def stack_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reverse of `separate_experts`, as copies; the experts of a layer must come in their order."""
+    stacked: dict[str, torch.Tensor] = {}
+    experts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        layer, found, rest = name.partition(_LOCAL)
+        if found:
+            experts.setdefault(f"{layer}{_STACKED}{rest.partition('.')[2]}", []).append(tensor)
+        else:
+            stacked[name] = tensor
+    return stacked | {name: torch.stack(parts) for name, parts in experts.items()}
 
 
 def _name(expert: int, part: str) -> str:

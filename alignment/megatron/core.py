@@ -9,11 +9,16 @@ import warnings
 
 from zerokl.alignment.megatron.cpu import enable_cpu
 
-enable_cpu()
+on_cpu = enable_cpu()
 
 with warnings.catch_warnings():
     # It announces at length that Transformer Engine and Apex are absent; nothing here uses them.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+    from megatron.core import jit
+
+    if on_cpu:
+        jit.disable_jit_fuser()  # before its users are imported: torch.compile takes a C++ compiler and half a minute
+
     import megatron.core.optimizer as optimizer_module
     from megatron.core import __version__, parallel_state
     from megatron.core.distributed import (
@@ -22,7 +27,7 @@ with warnings.catch_warnings():
         finalize_model_grads,
     )
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -36,10 +41,16 @@ with warnings.catch_warnings():
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # its router asks whether this is None, but without Transformer Engine 0.16.1 leaves the name undefined
+    moe_utils.te_general_gemm = None
 
 __all__ = [
     "MLP",
@@ -56,6 +67,7 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -63,7 +75,7 @@ __all__ = [
     "__version__",
     "clip_grad_by_total_norm_fp32",
     "finalize_model_grads",
-    "get_gpt_layer_local_spec",
+    "get_gpt_decoder_block_spec",
     "get_megatron_optimizer",
     "model_parallel_cuda_manual_seed",
     "optimizer_module",

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from zerokl.alignment.megatron import checkpoint, distributed
+from zerokl.alignment.megatron import checkpoint, convert_moe, distributed
 from zerokl.alignment.megatron.convert import check_tensors, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.core import (
     DistributedDataParallel,
@@ -91,7 +91,7 @@ class MegatronPolicy:
         self.recompute = recompute
         self.replay = replay
         self.differing_tokens = 0
-        _check_moe(self.config, stock, replay)
+        _check_replay(self.config, replay, stock=stock, recompute=recompute)
         weights = read_hf_weights(model_dir, self.config)
         distributed.initialise()
         if stock:
@@ -102,7 +102,8 @@ class MegatronPolicy:
         # what is not trained but belongs to the model: the routers' selection biases
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(".expert_bias")}
         self._weights: dict[str, torch.Tensor] = self._parameters | buffers
-        _copy_into(self._weights, hf_to_megatron(self.config, weights))
+        loaded = hf_to_megatron(self.config, weights)
+        _copy_into(self._weights, convert_moe.separate_experts(loaded) if stock else loaded)
         self._scorer: torch.nn.Module = StockModel(self.model) if stock else self.model
         self._ddp: Any = None
         self._optimizer: Any = None
@@ -184,7 +185,8 @@ class MegatronPolicy:
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, bf16 tensor) pairs; views where the layout allows, valid until the next step."""
-        return megatron_to_hf(self.config, {name: p.detach() for name, p in self._weights.items()})
+        state = {name: p.detach() for name, p in self._weights.items()}
+        return megatron_to_hf(self.config, convert_moe.stack_experts(state) if self.stock else state)
 
     def weights_digest(self) -> dict[str, str]:
         """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal."""
@@ -284,11 +286,14 @@ class MegatronPolicy:
             )
 
 
-def _check_moe(config: ModelConfig, stock: bool, replay: Mode) -> None:
-    if replay != "off" and config.moe is None:
+def _check_replay(config: ModelConfig, replay: Mode, *, stock: bool, recompute: bool) -> None:
+    if replay == "off":
+        return
+    if config.moe is None:
         raise ModelError(f"routing replay {replay!r}: {config.architecture} is dense, it routes nothing; set it to off")
-    if stock and config.moe is not None:
-        raise ModelError("stock layers of mixture-of-experts models are not supported; run them with zerokl's kernels")
+    if stock and recompute:
+        # a recomputing layer of Megatron's does not know whose micro-batch it recomputes
+        raise ModelError("stock layers replay routing without recomputation only; set recompute to false")
 
 
 def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from zerokl.alignment.megatron.core import (
     TransformerConfig,
     TransformerLayer,
     TransformerLayerSubmodules,
-    get_gpt_layer_local_spec,
+    get_gpt_decoder_block_spec,
 )
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.modules import (
@@ -35,6 +35,7 @@ from zerokl.alignment.megatron.modules import (
     residual_add,
 )
 from zerokl.alignment.megatron.moe import MoE, MoELayer, MoeTransformerConfig
+from zerokl.alignment.megatron.stock_moe import moe_options
 
 
 def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bool = False) -> TransformerConfig:
@@ -44,6 +45,8 @@ def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bo
         options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")  # about a default that nobody set
+        if stock:
+            return TransformerConfig(**_transformer_options(model, stock), **options, **moe_options(model))
         if model.moe is not None:
             return MoeTransformerConfig(**_transformer_options(model, stock), **options, moe=model.moe)
         return TransformerConfig(**_transformer_options(model, stock), **options)
@@ -82,7 +85,8 @@ def _transformer_options(model: ModelConfig, stock: bool) -> dict[str, Any]:
 
 
 def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
-    return weight.fill_(float("nan"))
+    with torch.no_grad():  # Megatron's own router hands in the parameter itself
+        return weight.fill_(float("nan"))
 
 
 def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
@@ -126,14 +130,21 @@ def build_model(model: ModelConfig, *, recompute: bool = False) -> ScoringModel:
 
 def build_stock_model(model: ModelConfig, *, recompute: bool = False) -> GPTModel:
     """Megatron's own local layers with its own arithmetic: the control measurement and speed baseline."""
+    config = transformer_config(model, stock=True, recompute=recompute)
     gpt = GPTModel(
-        config=transformer_config(model, stock=True, recompute=recompute),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm),
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        ),
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
         **_gpt_arguments(model),
     )
-    return gpt.bfloat16()  # torch's RMSNorm ignores params_dtype; Megatron's own training does the same
+    gpt.bfloat16()  # torch's RMSNorm ignores params_dtype; Megatron's own training does the same
+    for name, buffer in gpt.named_buffers():
+        if name.endswith(".expert_bias"):
+            buffer.data = buffer.data.float()  # and keeps these in fp32, but only from the first forward on
+    return gpt
 
 
 def _gpt_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from zerokl.alignment.megatron.core import GPTModel, vocab_parallel_cross_entropy
+from zerokl.alignment.megatron.stock_moe import install_replay
+from zerokl.alignment.routing_replay import Replay
 from zerokl.alignment.types import PackedBatch
 
 
@@ -20,9 +22,10 @@ class StockModel(torch.nn.Module):
         super().__init__()
         self.gpt = gpt
         self.config = gpt.config  # Megatron's DDP looks for it on the module it wraps
+        self._replays = install_replay(gpt)
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """fp32 [n], gradients on."""
+    def forward(self, batch: PackedBatch, replay: Replay | None = None) -> torch.Tensor:
+        """fp32 [n], gradients on. ``replay``: the routing records that sparse layers follow."""
         lengths = batch.cu_seqlens.diff().long()
         sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
         shape = (len(lengths), int(lengths.max()))
@@ -31,6 +34,8 @@ class StockModel(torch.nn.Module):
         tokens[sequence, batch.positions] = batch.tokens
         rows = sequence[batch.rows], batch.positions[batch.rows]
         targets[rows], temperature[rows] = batch.targets, batch.temperature
+        for router in self._replays:  # which sees the tokens position by position, all sequences of each
+            router.follow(replay, batch.positions * len(lengths) + sequence)
         return -self._token_loss(tokens, targets, temperature)[rows]
 
     def _token_loss(self, tokens: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

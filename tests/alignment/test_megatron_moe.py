@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from zerokl.alignment.megatron.model_config import ModelError
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.megatron.moe import MoE
 from zerokl.alignment.megatron.optimizer import OptimizerSettings
 from zerokl.alignment.megatron.policy import MegatronPolicy
+from zerokl.alignment.megatron.stock_moe import moe_options
 from zerokl.alignment.routing import RoutingError
 
 LENGTHS = [(5, 7), (1, 3), (40, 20), (9, 1), (17, 12)]
@@ -235,5 +236,34 @@ def test_experts_over_ranks_are_refused(policy):
 def test_what_is_not_supported(policy, tiny_models):
     with pytest.raises(ModelError, match="Qwen3ForCausalLM is dense, it routes nothing"):
         MegatronPolicy(tiny_models["qwen3"], replay="on")
-    with pytest.raises(ModelError, match="stock layers of mixture-of-experts models are not supported"):
-        policy(stock=True)
+    with pytest.raises(ModelError, match="stock layers replay routing without recomputation only"):
+        policy(stock=True, replay="on", recompute=True)
+
+
+def test_megatrons_own_layers_are_the_same_model(policy, reference, make_pairs, pack):
+    """Along the reference's experts, padded to rows of unequal length, and in their own arithmetic."""
+    expected, pairs = reference_run(reference, make_pairs(LENGTHS))
+    stock = policy(stock=True, replay="check")
+    assert stock.weights_digest() == policy().weights_digest()
+    batch = pack(pairs)
+    scored = stock.logprobs(batch)
+    assert (scored - expected).abs().mean() < 0.015
+    assert (scored - expected).abs().max() < 0.08
+    assert 0 < stock.differing_tokens <= batch.tokens.numel()
+    assert not torch.equal(bits(scored), bits(policy(replay="on").logprobs(batch)))
+
+
+def test_megatrons_own_layers_train_along_the_records(policy, reference, make_pairs, pack):
+    stock = policy(stock=True, replay="on")
+    pairs = reference_run(reference, make_pairs(LENGTHS))[1]
+    first = stock.train_step([pack(pairs[:2]), pack(pairs[2:])], mean_loss)
+    assert stock.train_step([pack(pairs[:2]), pack(pairs[2:])], mean_loss).loss < first.loss
+    with pytest.raises(RoutingError, match="has no routing records"):
+        stock.logprobs(pack(make_pairs(LENGTHS)))
+
+
+def test_a_router_that_megatron_cannot_express(tiny_models):
+    config = ModelConfig.load(tiny_models["glm4-moe"])
+    three = dataclasses.replace(config.moe.router, top_k=6)
+    with pytest.raises(ModelError, match="groups that keep other than two experts each"):
+        moe_options(dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=three)))

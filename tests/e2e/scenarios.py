@@ -14,6 +14,7 @@ from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.moe_faults import sparse_layers
 from zerokl.alignment.megatron.optimizer import OptimizerSettings
 from zerokl.alignment.megatron.policy import MegatronPolicy
+from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 from zerokl.alignment.types import PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
@@ -70,6 +71,7 @@ def main(model: str, out: Path) -> None:
         model, optimizer=OptimizerSettings(learning_rate=1e-4), replay="check" if sparse else "off", recompute=sparse
     )
     results, injected = {}, {}
+    modes: tuple[Mode, ...] = ("off", "on", "check") if sparse else ()  # the last one stays
     with RolloutEngine(config, start_timeout_s=300) as engine:
 
         def check(name: str, made: list[Request], fault: faults.Fault | None = None) -> None:
@@ -95,6 +97,9 @@ def main(model: str, out: Path) -> None:
         check("top-k 20, top-p 0.9", requests(4, seed=56, top_k=20, top_p=0.9))
         check("greedy", requests(4, seed=57, temperature=0.0))
         check("arrivals while others decode", requests(10, seed=58, new=16, every_s=0.05))
+        for mode in modes:
+            policy.replay = mode
+            check(f"replay {mode}", requests(8, seed=64))
         train_and_push(policy, engine, requests(4, seed=59))
         check("after a step and a weight sync", requests(8, seed=60))
         same = engine.weights_digest(timeout_s=60) == policy.weights_digest()

@@ -65,6 +65,21 @@ def whole(folder, command):
 
 
 @pytest.fixture(scope="module")
+def sparse(folder, command, model_folder):
+    """Two steps of a mixture-of-experts model along the rollout's experts, recomputed, with its control."""
+    settings = {
+        "model.name": model_folder("tiny-qwen3_moe"), "train.steps": 2, "train.routing_replay": "check",
+        "train.recompute": "true", "control.enabled": "true",
+    }  # fmt: skip
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    done = subprocess.run(
+        command("sparse", *sets), cwd=folder, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + logs(folder / "sparse")
+    return folder / "sparse"
+
+
+@pytest.fixture(scope="module")
 def resumed(folder, command):
     """The same run, stopped by Ctrl-C during its second step and continued."""
     run = folder / "stopped"
@@ -101,6 +116,18 @@ def test_every_step_agrees_bit_for_bit(whole):
         assert s["weight_version"] == str(s["step"])
         assert s["sync_bytes"] > 1_000_000
     assert any(s["grad_norm"] > 0 for s in recorded)
+
+
+def test_a_sparse_model_agrees_along_the_rollouts_experts(sparse):
+    recorded = steps(sparse)
+    assert [s["step"] for s in recorded] == [1, 2]
+    for s in recorded:
+        assert s["tokens"] > 0
+        assert (s["mismatched_tokens"], s["max_abs_diff"], s["kl_k3"]) == (0, 0.0, 0.0)
+        assert s["differing_routes"] == 0
+    control = json.loads((sparse / "control.json").read_text())
+    assert control["mismatched_tokens"] > control["tokens"] // 2
+    assert control["kl"]["k3"] > 0
 
 
 def test_failing_rewards_drop_their_samples(whole):

@@ -62,8 +62,9 @@ def test_every_planted_fault_is_found(verify, fault):
         assert 0 < found["max_abs_diff"] < 1e-5
 
 
-def test_the_engines_own_kernels_differ(verify):
-    code, found, printed = verify("tiny-llama", "--control", "stock", *FEW)
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3_moe"])
+def test_the_engines_own_kernels_differ(verify, name):
+    code, found, printed = verify(name, "--control", "stock", *FEW)
     assert code == 1, printed
     assert found["mismatched_tokens"] > found["tokens"] // 2
     assert found["kl"]["k3"] > 0

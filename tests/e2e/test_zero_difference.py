@@ -62,6 +62,15 @@ def test_sparse_layers_ran_on_our_ops(outcome):
     assert {name: calls for name, calls in outcome["hooks"].items() if name in names} == expected
 
 
+def test_routing_replay_has_nothing_to_lower(outcome):
+    """With the engines' own kernels it has: test_stock_replay.py."""
+    found = [s for name, s in outcome["scenarios"].items() if name.startswith("replay ")]
+    assert len(found) == (3 if "Moe" in outcome["architecture"] else 0)
+    for scenario in found:
+        assert scenario["equal"], scenario
+        assert (scenario["mismatched_tokens"], scenario["differing_tokens"]) == (0, 0)
+
+
 def test_every_fault_of_a_router_is_found(outcome):
     found = outcome["faults"]
     assert len(found) == {"Qwen3MoeForCausalLM": 4, "Glm4MoeForCausalLM": 5}.get(outcome["architecture"], 0)
