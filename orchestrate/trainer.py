@@ -178,7 +178,6 @@ def _corrected(samples: Sequence[Sample], logprobs: torch.Tensor, settings: Corr
     """
     import torch
 
-    from zerokl.alignment.architectures import Architecture
     from zerokl.alignment.correction import correct
 
     rollout = torch.from_numpy(_concatenated([s.generation.logprobs for s in samples]))

@@ -105,9 +105,7 @@ def inspect_model(model_path: str, plugin: Architecture | None = None) -> ModelI
 def _architecture(name: str, plugin: Architecture | None) -> Architecture:
     found = architectures.find(name, plugin)
     if found is None:
-        raise UnsupportedError(
-            f"architecture {name} is not supported; supported: {architectures.supported(plugin)}"
-        )
+        raise UnsupportedError(f"architecture {name} is not supported; supported: {architectures.supported(plugin)}")
     return found
 
 

@@ -57,7 +57,9 @@ class RolloutEngine:
                 f"context_length {config.context_length} exceeds the model's {self._model.max_positions} positions"
             )
         if config.capture_experts and self._model.router is None:
-            raise errors.UnsupportedError(f"capture_experts: {self._model.architecture.name} is dense, it routes nothing")
+            raise errors.UnsupportedError(
+                f"capture_experts: {self._model.architecture.name} is dense, it routes nothing"
+            )
         self._lock = threading.Lock()
         self._closed = ""
         self._folder = Path(tempfile.mkdtemp(prefix="zerokl-engine-"))
