@@ -15,7 +15,8 @@ with warnings.catch_warnings():
     # It announces at length that Transformer Engine and Apex are absent; nothing here uses them.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
     import megatron.core.optimizer as optimizer_module
-    from megatron.core import __version__, parallel_state
+    from megatron.core import __version__, dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -56,12 +57,14 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedTensor",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "__version__",
     "clip_grad_by_total_norm_fp32",
+    "dist_checkpointing",
     "finalize_model_grads",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",

@@ -65,8 +65,9 @@ class StepResult:
 class MegatronPolicy:
     """A Hugging Face model in Megatron-Core.
 
-    ``architecture``: the model's, where the package does not know it. ``optimizer`` None gives a policy that scores only. ``stock`` runs Megatron's own layers instead of
-    `zerokl.kernels`, for control measurements. ``recompute`` trades time for activation memory, with the same bits.
+    ``architecture``: the model's, where the package does not know it. ``optimizer`` None gives a policy that scores
+    only. ``stock`` runs Megatron's own layers instead of `zerokl.kernels`, for control measurements. ``recompute``
+    trades time for activation memory, with the same bits.
     ``replay`` other than off makes the sparse layers follow the batches' routing records; with `check`, the tokens that
     they would have routed otherwise (in any layer) add up in ``differing_tokens``.
     Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
