@@ -1,8 +1,8 @@
 """Weights in Megatron's distributed checkpoint format: saved by the ranks of one layout, loaded by those of another.
 
 The checkpoint holds whole tensors under the whole model's names (`convert.hf_to_megatron`), whatever the layout was:
-each rank describes what it holds as blocks of them (`shard.pieces`), and Megatron reads and writes the blocks. Optimizer
-state is not part of it. All processes of the default group call `save` and `load` together.
+each rank describes what it holds as blocks of them (`shard.pieces`), and Megatron reads and writes the blocks.
+Optimizer state is not part of it. All processes of the default group call `save` and `load` together.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def save(
     dist_checkpointing.save({"weights": described}, str(target), content_metadata={_MODEL: json.dumps(asdict(config))})
 
 
-def load(
-    source: str | Path, config: ModelConfig, layout: Layout, places: Sequence[Rank]
-) -> dict[str, torch.Tensor]:
+def load(source: str | Path, config: ModelConfig, layout: Layout, places: Sequence[Rank]) -> dict[str, torch.Tensor]:
     """This process's parameters in ``layout`` from a checkpoint of any layout.
 
     Raises CheckpointError if ``source`` holds another model.

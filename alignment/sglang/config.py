@@ -93,6 +93,8 @@ def inspect_model(model_path: str, plugin: Architecture | None = None) -> ModelI
             int(config["max_position_embeddings"]),
             router_of(config),
         )
+    except UnsupportedError:
+        raise
     except RoutingError as error:
         raise UnsupportedError(f"{config_file}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:

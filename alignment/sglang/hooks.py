@@ -106,6 +106,7 @@ def bind(runner: Any, backend: Any) -> Binding:
     runner.sampler = sampling.create()
     described = config.to_dict() | {"architectures": [architecture.name]}
     router, head_norms = router_of(described), architecture.has_head_norm(described)
+    _check_rotary(model, architecture, float(architecture.rotated_fraction(described)))
     table = {hook.name: hook for hook in _expected(config.num_hidden_layers, head_norms, router)}
     disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
@@ -125,6 +126,19 @@ def _architecture(name: str, plugin: dict[str, Any] | None) -> Architecture:
     if found is None:
         raise UnsupportedError(f"architecture {name} is not supported; supported: {architectures.supported()}")
     return found
+
+
+def _check_rotary(model: Any, architecture: Architecture, fraction: float) -> None:
+    """The engine's own model must turn its heads as the trainer reads the same ``config.json``."""
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            found = module.rotary_dim, not module.is_neox_style
+            expected = int(fraction * module.head_size), architecture.interleaved_rotary
+            if found != expected:
+                raise UnsupportedError(
+                    f"{architecture.name}: SGLang turns (dimensions, interleaved) = {found}, the architecture says "
+                    f"{expected}; correct its partial_rotary or interleaved_rotary"
+                )
 
 
 def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[Hook]:

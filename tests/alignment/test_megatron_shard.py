@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_ranks import READ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,9 +97,7 @@ def test_a_rank_holds_its_part_and_no_more():
         hf["model.layers.2.mlp.gate.e_score_correction_bias"].view(torch.uint8),
     )
     expert = last["decoder.layers.1.mlp.experts.linear_fc2.weight"][1]
-    assert torch.equal(
-        expert.view(torch.uint8), hf["model.layers.3.mlp.experts.7.down_proj.weight"].view(torch.uint8)
-    )
+    assert torch.equal(expert.view(torch.uint8), hf["model.layers.3.mlp.experts.7.down_proj.weight"].view(torch.uint8))
 
 
 def test_a_rank_computes_with_whole_heads_and_pairs():
@@ -181,8 +180,6 @@ def test_names_and_shapes_are_those_of_the_model_that_megatron_builds(tiny_model
 
 
 def test_a_distributed_checkpoint_is_read_in_other_layouts(tiny_models, tmp_path):
-    from checkpoint_ranks import READ
-
     folder = tiny_models["glm4-moe"]
     (tmp_path / "checkpoint").mkdir()
     script = str(Path(__file__).with_name("checkpoint_ranks.py"))
