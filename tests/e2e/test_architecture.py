@@ -30,7 +30,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ernie")
     tiny.write(Ernie4_5Config(use_bias=False, tie_word_embeddings=True, **tiny.SHAPE), folder, seed=0)
     config = json.loads((folder / "config.json").read_text())
-    # transformers leaves out an underscore that SGLang's class, and the published models, have
+    # transformers' class has another name than SGLang's
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Ernie4_5_ForCausalLM"]}))
     return folder
 
