@@ -3,8 +3,8 @@
     zerokl verify --model FOLDER --architecture examples/ernie45.py:ERNIE_45
 
 A Llama whose rotary embedding turns neighbouring dimensions. SGLang builds it of Llama's attention and DeepSeek's MLP,
-which are among the modules named here. ``architectures`` in ``config.json`` must say the name of SGLang's class, which has
-one underscore more than transformers'.
+which are among the modules named here. ``architectures`` in ``config.json`` must say the name of SGLang's class, which
+has one underscore more than transformers'.
 """
 
 from zerokl.alignment.architectures import Architecture
