@@ -70,7 +70,7 @@ def _randomise(model: Any) -> None:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("_proj.bias"):
-                parameter.uniform_(-1.0, 1.0)
+                parameter.uniform_(-0.1, 0.1)  # larger ones would drown what the layers add
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(-0.1, 0.1)

@@ -110,6 +110,9 @@ def test_a_rank_computes_with_whole_heads_and_pairs():
     assert torch.equal(qkv.view(torch.uint8), torch.cat(expected).view(torch.uint8))
     expected = [hf[f"model.layers.3.self_attn.{name}_proj.bias"].chunk(4)[2] for name in "qkv"]
     assert torch.equal(bias.view(torch.uint8), torch.cat(expected).view(torch.uint8))
+    for found, name in (("self_attention.linear_proj", "self_attn.o_proj"), ("mlp.linear_fc2", "mlp.down_proj")):
+        columns = hf[f"model.layers.3.{name}.weight"].chunk(4, 1)[2].contiguous()
+        assert torch.equal(held[f"decoder.layers.3.{found}.weight"].view(torch.uint8), columns.view(torch.uint8))
     gate, up = held["decoder.layers.3.mlp.linear_fc1.weight"].chunk(2)
     for found, name in ((gate, "gate"), (up, "up")):
         whole = hf[f"model.layers.3.mlp.{name}_proj.weight"]
