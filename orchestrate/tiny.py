@@ -39,9 +39,11 @@ def make(family: Literal["llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe"], ou
         config = Glm4MoeConfig(
             architectures=["Glm4MoeForCausalLM"], tie_word_embeddings=False, use_qk_norm=True, n_routed_experts=16,
             num_experts_per_tok=4, n_group=4, topk_group=2, n_shared_experts=1, moe_intermediate_size=96,
-            norm_topk_prob=True, routed_scaling_factor=2.5, num_mtp_layers=0, partial_rotary_factor=1.0,
+            norm_topk_prob=True, num_mtp_layers=0, attention_bias=True,
+            # large, so that the last bit of the experts' sum survives its addition to what came before
+            routed_scaling_factor=8.0,
             first_k_dense_replace=1, **(SHAPE | {"num_hidden_layers": 3}),
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
         )  # fmt: skip
     else:
         config = Qwen3Config(architectures=["Qwen3ForCausalLM"], tie_word_embeddings=True, rope_theta=1e6, **SHAPE)

@@ -15,7 +15,7 @@ name = "{model}"
 steps = 1
 [data]
 source = "zerokl.orchestrate.data.reasoning_gym"
-options = { task = "chain_sum" }
+options = {{ task = "chain_sum" }}
 [reward]
 function = "zerokl.orchestrate.rewards.reasoning_gym"
 """
@@ -56,7 +56,7 @@ def test_an_architecture_that_is_not_the_models_is_refused(zerokl, model, prompt
     wrong = tmp_path / "wrong.py"
     wrong.write_text(EXAMPLE.read_text().replace("interleaved_rotary=True", "interleaved_rotary=False"))
     done = zerokl("verify", "--model", model, "--architecture", f"{wrong}:ERNIE_45", "--prompts", prompts)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "SGLang turns (dimensions, interleaved) = (64, True), the architecture says (64, False)" in done.stderr
 
 
