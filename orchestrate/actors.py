@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.sglang.config import EngineConfig
 from zerokl.orchestrate.cluster import Waiting, wait
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.errors import RunError
+from zerokl.orchestrate.preflight import Prepared
 
 _CLOSE_TIMEOUT_S = 30.0
 
@@ -25,11 +27,14 @@ def claimed(config: Config) -> int:
     return cores(config.rollout.threads) + cores(config.train.threads)
 
 
-def engine_config(config: Config, model: Path, *, stock: bool = False) -> EngineConfig:
+def engine_config(
+    config: Config, model: Path, *, architecture: Architecture | None = None, stock: bool = False
+) -> EngineConfig:
     """The rollout table as the engine's own configuration."""
     rollout = config.rollout
     return EngineConfig(
         model_path=str(model),
+        architecture=architecture,
         stock=stock,
         capture_experts=config.train.routing_replay != "off" and not stock,
         context_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
@@ -51,13 +56,14 @@ class Places:
 class Actors:
     """A rollout and a trainer actor on one model."""
 
-    def __init__(self, config: Config, model: Path, places: Places, waiting: Waiting, *, stock: bool = False) -> None:
+    def __init__(self, prepared: Prepared, places: Places, waiting: Waiting, *, stock: bool = False) -> None:
         """Start both and wait until they are ready. `stock`: the engines' own kernels, and no optimizer."""
         import ray
 
         from zerokl.orchestrate.rollout import Rollout
         from zerokl.orchestrate.trainer import Trainer
 
+        config, model, architecture = prepared.config, prepared.model, prepared.architecture
         self._waiting, self._config = waiting, config
         names = ("stock-rollout.log", "stock-trainer.log") if stock else ("rollout.log", "trainer.log")
         self.logs = places.logs
@@ -67,9 +73,10 @@ class Actors:
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
         self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
+        engine = engine_config(config, model, architecture=architecture, stock=stock)
         started = (
-            self.rollout.start.remote(engine_config(config, model, stock=stock), rollout_log, places.scratch, timeout),
-            self.trainer.start.remote(model, train, trainer_log, stock=stock),
+            self.rollout.start.remote(engine, rollout_log, places.scratch, timeout),
+            self.trainer.start.remote(model, train, trainer_log, architecture=architecture, stock=stock),
         )
         self.manifests: dict[str, Any] = {}
         self.digests: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Python callables named in a recipe."""
+"""Python callables and architectures named in a recipe or option."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zerokl.alignment.architectures import Architecture
 from zerokl.orchestrate.errors import UserError
+
+
+def load_architecture(name: str, base: Path) -> Architecture:
+    """The `alignment.architectures.Architecture` that `name` (as for `load_callable`) refers to.
+
+    Raises UserError for a name that does not resolve and for anything else found there.
+    """
+    found = _from_file(name, base) if ".py:" in name else _from_module(name)
+    if not isinstance(found, Architecture):
+        raise UserError(
+            f"{name} is a {type(found).__name__}, no zerokl.alignment.architectures.Architecture",
+            "see docs/architectures.md",
+        )
+    return found
 
 
 def load_callable(name: str, *, positional: int, options: dict[str, Any], base: Path) -> Callable[..., Any]:

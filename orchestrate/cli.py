@@ -49,6 +49,7 @@ class Fault(enum.StrEnum):
 
 class Family(enum.StrEnum):
     llama = "llama"
+    qwen2 = "qwen2"
     qwen3 = "qwen3"
     qwen3_moe = "qwen3_moe"
     glm4_moe = "glm4_moe"
@@ -57,6 +58,9 @@ class Family(enum.StrEnum):
 @app.command()
 def verify(
     model: Annotated[str, typer.Option(help="A known name (smollm2-135m) or a Hugging Face model folder.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="One more architecture: package.module.SPEC or file.py:SPEC.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines: prompt (text or messages) or input_ids.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample for each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 samples greedily.")] = 1.0,
@@ -75,6 +79,7 @@ def verify(
         files.check_writable(json)
     settings = command.Settings(
         model=model,
+        architecture=architecture,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

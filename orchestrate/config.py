@@ -31,6 +31,9 @@ class ModelTable(Table):
     """Which model is trained: a known name or a Hugging Face folder."""
 
     name: str = Field(min_length=1)
+    architecture: str | None = Field(
+        default=None, description="package.module.SPEC or file.py:SPEC of one the package does not know"
+    )
 
 
 class RolloutTable(Table):

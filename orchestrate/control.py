@@ -21,7 +21,7 @@ def measure(prepared: Prepared, folder: RunFolder, places: Places, progress: Pro
     progress.note("control: the same comparison with the engines' own kernels")
     _, requests = plan(config, prepared.source, prepared.tokenizer, 1)
     requests = requests[: config.control.samples]
-    actors = Actors(config, prepared.model, places, progress.waiting, stock=True)
+    actors = Actors(prepared, places, progress.waiting, stock=True)
     generations = actors.wait(
         actors.rollout.generate.remote(requests, config.run.step_timeout_s), "the control's rollouts"
     )

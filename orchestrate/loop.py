@@ -104,7 +104,7 @@ class Driver:
     def __init__(self, prepared: Prepared, folder: RunFolder, places: Places, progress: Progress) -> None:
         self.prepared, self.config = prepared, prepared.config
         self.folder, self.progress = folder, progress
-        self.actors = Actors(self.config, prepared.model, places, progress.waiting)
+        self.actors = Actors(prepared, places, progress.waiting)
         self.version = ""
 
     def start(self, checkpoint: Checkpoint | None) -> None:

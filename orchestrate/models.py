@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import zerokl
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.orchestrate.errors import UserError
 from zerokl.orchestrate.files import new_folder, write_json
 
-Family = Literal["llama", "qwen3", "qwen3_moe", "glm4_moe"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe"]
 NAMES = ("smollm2-135m",)
 
 _RECORD = "zerokl_model.json"  # what a folder made by this module holds: the model's name and its weights' SHA-256
@@ -28,7 +29,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zerokl" / "models"
 
 
-def resolve(name_or_folder: str) -> Path:
+def resolve(name_or_folder: str, architecture: Architecture | None = None) -> Path:
     """The checked model folder for `--model`: a known name (fetched where absent) or a folder."""
     folder = Path(name_or_folder).expanduser()
     if not folder.is_dir() and name_or_folder in NAMES:
@@ -38,7 +39,7 @@ def resolve(name_or_folder: str) -> Path:
             f"no model at {name_or_folder!r}: neither a folder nor a known name ({', '.join(NAMES)})",
             "give a Hugging Face model folder, or `zerokl model fetch smollm2-135m`",
         )
-    check(folder)
+    check(folder, architecture)
     return folder.resolve()
 
 
@@ -77,10 +78,13 @@ def tiny(family: Family, out: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def check(folder: Path) -> ModelConfig:
-    """Raise UserError unless `folder` holds a whole model of a supported architecture; returns its configuration."""
+def check(folder: Path, architecture: Architecture | None = None) -> ModelConfig:
+    """Raise UserError unless `folder` holds a whole model of a supported architecture; returns its configuration.
+
+    `architecture`: one besides those of the package.
+    """
     try:
-        config = ModelConfig.load(folder)
+        config = ModelConfig.load(folder, architecture)
     except ModelError as error:
         raise UserError(str(error)) from error
     for name in _weight_files(folder):

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.orchestrate import models
-from zerokl.orchestrate.callables import load_callable
+from zerokl.orchestrate.callables import load_architecture, load_callable
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.data import Source
 from zerokl.orchestrate.errors import UserError
@@ -29,6 +30,7 @@ class Prepared:
     config: Config
     model: Path
     model_config: ModelConfig
+    architecture: Architecture | None
     source: Source
     reward: Reward
     tokenizer: Tokenizer
@@ -49,8 +51,10 @@ def prepare(config: Config, base: Path) -> Prepared:
             return None
 
     config = _absolute(config, base)
-    model = attempt(lambda: models.resolve(config.model.name))
-    model_config = attempt(partial(models.check, model)) if model else None
+    named = config.model.architecture
+    architecture = attempt(partial(load_architecture, named, base)) if named else None
+    model = attempt(lambda: models.resolve(config.model.name, architecture))
+    model_config = attempt(partial(models.check, model, architecture)) if model else None
     if model_config:
         attempt(partial(_check_lengths, config, model_config))
         attempt(partial(_check_routing, config, model_config))
@@ -63,7 +67,7 @@ def prepare(config: Config, base: Path) -> Prepared:
         attempt(partial(plan, config, source, tokenizer, 1))
     if problems or not (model and model_config and source and reward and tokenizer):
         raise UserError("\n".join(str(problem) for problem in problems))
-    return Prepared(config, model, model_config, source, reward, tokenizer)
+    return Prepared(config, model, model_config, architecture, source, reward, tokenizer)
 
 
 def _source(config: Config, base: Path) -> Source:
@@ -99,6 +103,8 @@ def _absolute(config: Config, base: Path) -> Config:
     data = config.data.model_copy(update={"source": absolute(config.data.source)})
     reward = config.reward.model_copy(update={"function": absolute(config.reward.function)})
     model = config.model
+    if model.architecture is not None:
+        model = model.model_copy(update={"architecture": absolute(model.architecture)})
     if Path(model.name).expanduser().is_dir():
         model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
     return config.model_copy(update={"data": data, "reward": reward, "model": model})

@@ -15,6 +15,7 @@ from zerokl.orchestrate.samples import Sample, microbatches
 if TYPE_CHECKING:
     import torch
 
+    from zerokl.alignment.architectures import Architecture
     from zerokl.alignment.correction import Corrected, Correction, Diagnostics
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
@@ -40,7 +41,9 @@ class Trainer:
     policy: MegatronPolicy
     train: TrainTable
 
-    def start(self, model: Path, train: TrainTable, log: Path, *, stock: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    def start(
+        self, model: Path, train: TrainTable, log: Path, *, architecture: Architecture | None = None, stock: bool
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         """Load the model; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
 
         `stock`: Megatron's own layers and no optimizer, for the control.
@@ -50,6 +53,7 @@ class Trainer:
 
         self.policy = MegatronPolicy(
             model,
+            architecture=architecture,
             optimizer=None if stock else _optimizer(train),
             stock=stock,
             recompute=train.recompute,

@@ -17,6 +17,7 @@ from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import builtin_prompts, faults, manifest, models
 from zerokl.orchestrate.actors import cores
+from zerokl.orchestrate.callables import load_architecture
 from zerokl.orchestrate.data import read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
 from zerokl.orchestrate.samples import sampling_seed
@@ -24,6 +25,7 @@ from zerokl.orchestrate.scoring import score
 from zerokl.orchestrate.tokens import Tokenizer
 
 if TYPE_CHECKING:
+    from zerokl.alignment.architectures import Architecture
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import RolloutEngine
 
@@ -34,10 +36,11 @@ _GENERATE_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The command's options; ``stock``: the engines' own kernels, ``replay``: see `alignment.routing_replay`,
-    ``inject``: one planted fault."""
+    """The command's options; ``architecture``: the name of one the package does not know, ``stock``: the engines' own
+    kernels, ``replay``: see `alignment.routing_replay`, ``inject``: one planted fault."""
 
     model: str
+    architecture: str | None = None
     prompts: Path | None = None
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -62,9 +65,10 @@ def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
-    folder, requests = _requests(settings)
+    architecture = load_architecture(settings.architecture, Path.cwd()) if settings.architecture else None
+    folder, requests = _requests(settings, architecture)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = _start(folder, requests, settings)
+    engine, policy = _start(folder, requests, settings, architecture)
     with engine:
         faults.plant(settings.inject, engine, policy)
         generations = engine.generate(requests, timeout_s=_GENERATE_TIMEOUT_S)
@@ -113,12 +117,12 @@ def lines(result: dict[str, Any]) -> list[str]:
     return [*out, "EQUAL, bit for bit" if result["equal"] else "NOT EQUAL"]
 
 
-def _requests(settings: Settings) -> tuple[Path, list[Request]]:
+def _requests(settings: Settings, architecture: Architecture | None) -> tuple[Path, list[Request]]:
     if not (math.isfinite(settings.temperature) and 0 < settings.top_p <= 1):
         raise UserError(f"cannot sample with temperature {settings.temperature}, top-p {settings.top_p}",
                         "temperature: finite, at least 0; top-p: above 0, at most 1")  # fmt: skip
-    folder = models.resolve(settings.model)
-    config = models.check(folder)
+    folder = models.resolve(settings.model, architecture)
+    config = models.check(folder, architecture)
     _check_moe(settings, config)
     faults.check(settings.inject, config, settings.replay, stock=settings.stock)
     tokenizer = Tokenizer(folder, config.vocab_size)
@@ -157,7 +161,9 @@ def _check_moe(settings: Settings, config: ModelConfig) -> None:
         )
 
 
-def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tuple[RolloutEngine, MegatronPolicy]:
+def _start(
+    folder: Path, requests: Sequence[Request], settings: Settings, architecture: Architecture | None
+) -> tuple[RolloutEngine, MegatronPolicy]:
     """The engine (a child process) and the policy (here), started side by side."""
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
@@ -165,6 +171,7 @@ def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tup
     longest = max(len(r.input_ids) + r.sampling.max_new_tokens for r in requests)
     config = EngineConfig(
         model_path=str(folder),
+        architecture=architecture,
         stock=settings.stock,
         capture_experts=settings.replay != "off",
         context_length=longest,
@@ -175,7 +182,13 @@ def _start(folder: Path, requests: Sequence[Request], settings: Settings) -> tup
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=_START_TIMEOUT_S)
         try:
-            policy = MegatronPolicy(folder, stock=settings.stock, replay=settings.replay, threads=cores(None))
+            policy = MegatronPolicy(
+                folder,
+                architecture=architecture,
+                stock=settings.stock,
+                replay=settings.replay,
+                threads=cores(None),
+            )
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()

@@ -47,6 +47,9 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        if config.qkv_bias:
+            biases = {"q": query, "k": kv, "v": kv}
+            shapes |= {f"model.layers.{index}.self_attn.{name}_proj.bias": (rows,) for name, rows in biases.items()}
         shapes |= {f"model.layers.{index}.mlp.{name}": shape for name, shape in _mlp_shapes(config, index).items()}
     shapes[_FINAL_NORM] = (hidden,)
     if not config.tie_word_embeddings:
@@ -114,9 +117,9 @@ def hf_to_megatron(config: ModelConfig, hf: Mapping[str, torch.Tensor]) -> dict[
         source, target = f"model.layers.{index}.", f"decoder.layers.{index}."
         for name, renamed in _unchanged(config).items():
             state[f"{target}{renamed}.weight"] = hf[f"{source}{name}.weight"]
-        q, k, v = (hf[f"{source}self_attn.{name}_proj.weight"] for name in "qkv")
-        per_group = [x.unflatten(0, (groups, -1)) for x in (q, k, v)]
-        state[f"{target}self_attention.linear_qkv.weight"] = torch.cat(per_group, dim=1).flatten(0, 1)
+        for kind in _qkv_kinds(config):
+            per_group = [hf[f"{source}self_attn.{name}_proj.{kind}"].unflatten(0, (groups, -1)) for name in "qkv"]
+            state[f"{target}self_attention.linear_qkv.{kind}"] = torch.cat(per_group, dim=1).flatten(0, 1)
         state |= _mlp_to_megatron(config.moe_at(index), f"{source}mlp.", f"{target}mlp.", hf)
     return state
 
@@ -131,9 +134,10 @@ def megatron_to_hf(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> It
     yield _EMBEDDING, state[_M_EMBEDDING]
     for index in range(config.num_hidden_layers):
         source, target = f"decoder.layers.{index}.", f"model.layers.{index}."
-        qkv = state[f"{source}self_attention.linear_qkv.weight"].unflatten(0, (groups, -1))
-        for name, rows in zip("qkv", qkv.split([per_group, head, head], dim=1), strict=True):
-            yield f"{target}self_attn.{name}_proj.weight", rows.flatten(0, 1)
+        for kind in _qkv_kinds(config):
+            qkv = state[f"{source}self_attention.linear_qkv.{kind}"].unflatten(0, (groups, -1))
+            for name, rows in zip("qkv", qkv.split([per_group, head, head], dim=1), strict=True):
+                yield f"{target}self_attn.{name}_proj.{kind}", rows.flatten(0, 1)
         yield from _mlp_to_hf(config.moe_at(index), f"{source}mlp.", f"{target}mlp.", state)
         for name, renamed in _unchanged(config).items():
             yield f"{target}{name}.weight", state[f"{source}{renamed}.weight"]
@@ -170,6 +174,10 @@ def _mlp_to_hf(
     yield f"{target}gate_proj.weight", gate
     yield f"{target}up_proj.weight", up
     yield f"{target}down_proj.weight", state[f"{source}linear_fc2.weight"]
+
+
+def _qkv_kinds(config: ModelConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if config.qkv_bias else ("weight",)
 
 
 def _unchanged(config: ModelConfig) -> dict[str, str]:

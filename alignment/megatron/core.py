@@ -20,7 +20,8 @@ with warnings.catch_warnings():
         jit.disable_jit_fuser()  # before its users are imported: torch.compile takes a C++ compiler and half a minute
 
     import megatron.core.optimizer as optimizer_module
-    from megatron.core import __version__, parallel_state
+    from megatron.core import __version__, dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedTensor",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "TransformerLayerSubmodules",
     "__version__",
     "clip_grad_by_total_norm_fp32",
+    "dist_checkpointing",
     "finalize_model_grads",
     "get_gpt_decoder_block_spec",
     "get_megatron_optimizer",

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zerokl.alignment import architectures
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.routing import Router, RoutingError, router_of
-
-# Architecture -> whether query and key heads are normalised; None: as the key use_qk_norm says.
-ARCHITECTURES = {
-    "LlamaForCausalLM": False,
-    "Qwen3ForCausalLM": True,
-    "Qwen3MoeForCausalLM": True,
-    "Glm4MoeForCausalLM": None,
-}
 
 
 class ModelError(ValueError):
@@ -37,7 +31,10 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of a decoder. Names follow Hugging Face's ``config.json``; ``moe`` None: a dense model."""
+    """Sizes and constants of a decoder. Names follow Hugging Face's ``config.json``; ``moe`` None: a dense model.
+
+    rotary_dim: how many dimensions of a head turn, the first ones, by neighbours if ``interleaved_rotary``.
+    """
 
     architecture: str
     vocab_size: int
@@ -52,6 +49,9 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     qk_norm: bool
+    qkv_bias: bool
+    rotary_dim: int
+    interleaved_rotary: bool
     moe: MoeConfig | None = None
 
     def moe_at(self, layer: int) -> MoeConfig | None:
@@ -59,8 +59,11 @@ class ModelConfig:
         return self.moe if self.moe is not None and layer >= self.moe.router.first_layer else None
 
     @staticmethod
-    def load(model_dir: str | Path) -> ModelConfig:
-        """Read ``model_dir/config.json``. Raises ModelError for anything missing, malformed or unsupported."""
+    def load(model_dir: str | Path, plugin: Architecture | None = None) -> ModelConfig:
+        """Read ``model_dir/config.json``; ``plugin``: an architecture besides those of the package.
+
+        Raises ModelError for anything missing, malformed or unsupported.
+        """
         path = Path(model_dir) / "config.json"
         if not path.is_file():
             raise ModelError(f"{path} does not exist: give the folder of a model in Hugging Face form")
@@ -70,18 +73,20 @@ class ModelConfig:
             raise ModelError(f"{path} is not valid JSON ({error}): download the model again") from error
         if not isinstance(raw, dict):
             raise ModelError(f"{path} holds no JSON object: download the model again")
-        return _parse(raw, path)
+        return _parse(raw, path, plugin)
 
 
-def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
+def _parse(raw: dict[str, Any], path: Path, plugin: Architecture | None) -> ModelConfig:
     names = raw.get("architectures") or ["(none)"]
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
+    architecture = architectures.find(names[0], plugin) if len(names) == 1 else None
+    if architecture is None:
         raise ModelError(
-            f"{path}: architecture {', '.join(names)} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{path}: architecture {', '.join(names)} is not supported; supported are {architectures.supported(plugin)}"
         )
-    _refuse_unsupported(raw, path)
+    _refuse_unsupported(raw, architecture, path)
     heads, hidden = _size(raw, "num_attention_heads", path), _size(raw, "hidden_size", path)
     raw = {"num_key_value_heads": heads, "head_dim": hidden // heads} | {k: v for k, v in raw.items() if v is not None}
+    head_dim = _size(raw, "head_dim", path)
     config = ModelConfig(
         architecture=names[0],
         vocab_size=_size(raw, "vocab_size", path),
@@ -90,12 +95,15 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         num_hidden_layers=_size(raw, "num_hidden_layers", path),
         num_attention_heads=heads,
         num_key_value_heads=_size(raw, "num_key_value_heads", path),
-        head_dim=_size(raw, "head_dim", path),
+        head_dim=head_dim,
         max_position_embeddings=_size(raw, "max_position_embeddings", path),
         rms_norm_eps=_positive(raw.get("rms_norm_eps"), "rms_norm_eps", path),
         rope_theta=_positive(_rope(raw, path), "rope_theta", path),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=_qk_norm(names[0], raw),
+        qk_norm=architecture.has_head_norm(raw),
+        qkv_bias=architecture.has_qkv_bias(raw),
+        rotary_dim=_rotary_dim(architecture.rotated_fraction(raw), head_dim, path),
+        interleaved_rotary=architecture.interleaved_rotary,
         moe=_moe(raw, path),
     )
     if config.num_attention_heads % config.num_key_value_heads:
@@ -106,11 +114,6 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
     return config
 
 
-def _qk_norm(architecture: str, raw: dict[str, Any]) -> bool:
-    fixed = ARCHITECTURES[architecture]
-    return bool(raw.get("use_qk_norm", False)) if fixed is None else fixed
-
-
 def _moe(raw: dict[str, Any], path: Path) -> MoeConfig | None:
     try:
         router = router_of(raw)
@@ -119,17 +122,13 @@ def _moe(raw: dict[str, Any], path: Path) -> MoeConfig | None:
     return None if router is None else MoeConfig(router, _size(raw, "moe_intermediate_size", path))
 
 
-def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
-    wanted = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "quantization_config": None,
-    }
+def _refuse_unsupported(raw: dict[str, Any], architecture: Architecture, path: Path) -> None:
+    wanted = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
     for key, value in wanted.items():
         if raw.get(key, value) not in (value, None):
             raise ModelError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}; use another model")
+    if unmet := architecture.unmet(raw):
+        raise ModelError(f"{path}: {'; '.join(unmet)}; use another model")
     layers = set(raw.get("layer_types") or ["full_attention"])
     if layers != {"full_attention"}:
         raise ModelError(f"{path}: layer_types {sorted(layers)} are not supported, only 'full_attention'")
@@ -141,10 +140,17 @@ def _rope(raw: dict[str, Any], path: Path) -> Any:
     for kind in (parameters.get("rope_type"), parameters.get("type")):
         if kind not in (None, "default"):
             raise ModelError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'; use another model")
-    whole = 0.5 if raw["architectures"] == ["Glm4MoeForCausalLM"] else 1.0  # where no key says otherwise
-    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", whole)) != 1.0:
-        raise ModelError(f"{path}: partial_rotary_factor is not supported; use a model that rotates whole heads")
     return parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+
+
+def _rotary_dim(fraction: Any, head_dim: int, path: Path) -> int:
+    turned = _positive(fraction, "partial_rotary_factor", path) * head_dim
+    if turned > head_dim or turned % 2:
+        raise ModelError(
+            f"{path}: partial_rotary_factor = {fraction} turns {turned:g} of {head_dim} dimensions of a head; "
+            "supported is an even number of them"
+        )
+    return int(turned)
 
 
 def _size(raw: dict[str, Any], key: str, path: Path) -> int:

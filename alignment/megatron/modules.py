@@ -127,7 +127,11 @@ class CoreAttention(MegatronModule):
         if not isinstance(packed_seq_params, PackedPositions) or attention_mask is not None:
             raise TypeError("attention takes packed sequences only: pass packed_seq_params=PackedPositions, no mask")
         query, key = kernels.rotary(
-            query.contiguous(), key.contiguous(), packed_seq_params.positions, self.rotary_table
+            query.contiguous(),
+            key.contiguous(),
+            packed_seq_params.positions,
+            self.rotary_table,
+            interleaved=self.config.rotary_interleaved,
         )
         out = kernels.attention_varlen(query, key, value.contiguous(), packed_seq_params.cu_seqlens_q, scale=self.scale)
         return out.flatten(1)

@@ -13,6 +13,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.megatron import checkpoint, convert_moe, distributed
 from zerokl.alignment.megatron.convert import check_tensors, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.core import (
@@ -64,8 +65,9 @@ class StepResult:
 class MegatronPolicy:
     """A Hugging Face model in Megatron-Core.
 
-    ``optimizer`` None gives a policy that scores only. ``stock`` runs Megatron's own layers instead of
-    `zerokl.kernels`, for control measurements. ``recompute`` trades time for activation memory, with the same bits.
+    ``architecture``: the model's, where the package does not know it. ``optimizer`` None gives a policy that scores
+    only. ``stock`` runs Megatron's own layers instead of `zerokl.kernels`, for control measurements. ``recompute``
+    trades time for activation memory, with the same bits.
     ``replay`` other than off makes the sparse layers follow the batches' routing records; with `check`, the tokens that
     they would have routed otherwise (in any layer) add up in ``differing_tokens``.
     Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
@@ -75,6 +77,7 @@ class MegatronPolicy:
         self,
         model_dir: str | Path,
         *,
+        architecture: Architecture | None = None,
         optimizer: OptimizerSettings | None = None,
         stock: bool = False,
         recompute: bool = False,
@@ -84,7 +87,7 @@ class MegatronPolicy:
         if threads is not None:
             torch.set_num_threads(threads)
         self.model_dir = Path(model_dir)
-        self.config = ModelConfig.load(model_dir)
+        self.config = ModelConfig.load(model_dir, architecture)
         self.settings = optimizer
         self.step = 0
         self.stock = stock

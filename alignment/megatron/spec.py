@@ -63,6 +63,8 @@ def _transformer_options(model: ModelConfig, stock: bool) -> dict[str, Any]:
         layernorm_epsilon=model.rms_norm_eps,
         normalization="RMSNorm",
         qk_layernorm=model.qk_norm,
+        add_qkv_bias=model.qkv_bias,
+        rotary_interleaved=model.interleaved_rotary,
         gated_linear_unit=True,
         activation_func=F.silu,
         # the slot Megatron keeps for Transformer Engine's activation takes our own
@@ -118,7 +120,7 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) 
 
 def build_model(model: ModelConfig, *, recompute: bool = False) -> ScoringModel:
     """A `ScoringModel` with unset (NaN) weights. Megatron's process groups must exist."""
-    table = kernels.rotary_table(model.max_position_embeddings, model.head_dim, model.rope_theta)
+    table = kernels.rotary_table(model.max_position_embeddings, model.rotary_dim, model.rope_theta)
     layers = [layer_spec(model, table, sparse=model.moe_at(i) is not None) for i in range(model.num_hidden_layers)]
     return ScoringModel(
         config=transformer_config(model, recompute=recompute),
@@ -137,6 +139,7 @@ def build_stock_model(model: ModelConfig, *, recompute: bool = False) -> GPTMode
             config, use_transformer_engine=False, normalization="RMSNorm"
         ),
         position_embedding_type="rope",
+        rotary_percent=model.rotary_dim / model.head_dim,
         rotary_base=model.rope_theta,
         **_gpt_arguments(model),
     )

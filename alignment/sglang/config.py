@@ -10,14 +10,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from zerokl.alignment import architectures
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.routing import Router, RoutingError, router_of
 from zerokl.alignment.sglang.errors import UnsupportedError
 from zerokl.alignment.types import Request
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM")
-
 DISABLED_HOOKS_KEY = "zerokl_disabled_hooks"
 """Key in the model config's overrides through which `EngineConfig.disabled_hooks` reaches SGLang's scheduler."""
+
+ARCHITECTURE_KEY = "zerokl_architecture"
+"""The same for `EngineConfig.architecture`, as a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class EngineConfig:
     context_length: most tokens of prompt and response together; max_running_requests: batch limit of decoding;
     max_total_tokens: slots of the KV cache; chunked_prefill_size: longest piece of a prompt in one forward pass;
     page_size: KV cache page (changes no bit); threads: CPU threads of the engine's arithmetic.
+    architecture: one that the package does not know (see `alignment.architectures`).
     stock: SGLang's own kernels instead of zerokl's, for control measurements.
     capture_experts: return the experts every token went to with each generation (`alignment.routing_replay`).
     weight_loader: module with the functions ``load``, ``digest`` and ``flip_bit`` SGLang calls by name.
@@ -35,6 +39,7 @@ class EngineConfig:
     """
 
     model_path: str
+    architecture: Architecture | None = None
     stock: bool = False
     capture_experts: bool = False
     dtype: str = "bfloat16"
@@ -62,14 +67,14 @@ class EngineConfig:
 class ModelInfo:
     """What the checks need to know of a checkpoint; ``router`` None: it is dense."""
 
-    architecture: str
+    architecture: Architecture
     vocab_size: int
     max_positions: int
     router: Router | None = None
 
 
-def inspect_model(model_path: str) -> ModelInfo:
-    """Read and check a Hugging Face model folder without loading it.
+def inspect_model(model_path: str, plugin: Architecture | None = None) -> ModelInfo:
+    """Read and check a Hugging Face model folder without loading it; ``plugin``: one architecture more.
 
     Raises FileNotFoundError for a missing folder or file, ValueError for a damaged one and UnsupportedError for a
     model the kernels do not define.
@@ -83,11 +88,13 @@ def inspect_model(model_path: str) -> ModelInfo:
     try:
         config = json.loads(config_file.read_text())
         info = ModelInfo(
-            str(config["architectures"][0]),
+            _architecture(str(config["architectures"][0]), plugin),
             int(config["vocab_size"]),
             int(config["max_position_embeddings"]),
             router_of(config),
         )
+    except UnsupportedError:
+        raise
     except RoutingError as error:
         raise UnsupportedError(f"{config_file}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -97,23 +104,23 @@ def inspect_model(model_path: str) -> ModelInfo:
     return info
 
 
+def _architecture(name: str, plugin: Architecture | None) -> Architecture:
+    found = architectures.find(name, plugin)
+    if found is None:
+        raise UnsupportedError(f"architecture {name} is not supported; supported: {architectures.supported(plugin)}")
+    return found
+
+
 def _check_supported(info: ModelInfo, config: dict[str, Any]) -> None:
-    if info.architecture not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"architecture {info.architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    rotated = 0.5 if info.architecture == "Glm4MoeForCausalLM" else 1  # where no key says otherwise
     found = {
         f"rotary scaling {rope_type!r}": rope_type != "default",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", rotated)) != 1,
         f"hidden_act {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
         "quantization_config": config.get("quantization_config") is not None,
         "sliding-window attention": bool(config.get("use_sliding_window")),
-        "mlp_bias": bool(config.get("mlp_bias")),
     }
-    names = [name for name, present in found.items() if present]
+    names = [name for name, present in found.items() if present] + info.architecture.unmet(config)
     if names:
         raise UnsupportedError(f"the model uses {', '.join(names)}, which zerokl's kernels do not define")
 

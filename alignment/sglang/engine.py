@@ -51,13 +51,15 @@ class RolloutEngine:
         take effect, EngineError if the process died, TimeoutError after ``start_timeout_s``.
         """
         self.config = config
-        self._model = inspect_model(config.model_path)
+        self._model = inspect_model(config.model_path, config.architecture)
         if config.context_length > self._model.max_positions:
             raise ValueError(
                 f"context_length {config.context_length} exceeds the model's {self._model.max_positions} positions"
             )
         if config.capture_experts and self._model.router is None:
-            raise errors.UnsupportedError(f"capture_experts: {self._model.architecture} is dense, it routes nothing")
+            raise errors.UnsupportedError(
+                f"capture_experts: {self._model.architecture.name} is dense, it routes nothing"
+            )
         self._lock = threading.Lock()
         self._closed = ""
         self._folder = Path(tempfile.mkdtemp(prefix="zerokl-engine-"))

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,13 @@ import numpy as np
 from zerokl.alignment import routing_replay
 from zerokl.alignment.routing import Router
 from zerokl.alignment.sglang import protocol
-from zerokl.alignment.sglang.config import DISABLED_HOOKS_KEY, EngineConfig, inspect_model
+from zerokl.alignment.sglang.config import ARCHITECTURE_KEY, DISABLED_HOOKS_KEY, EngineConfig, inspect_model
 from zerokl.alignment.sglang.errors import EngineError
 from zerokl.alignment.sglang.report import check_report
 from zerokl.alignment.types import Request
 
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
 _FLUSH_S = 30.0
-_MODEL_MODULES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Glm4MoeForCausalLM": "glm4_moe",
-}
-"""The file below SGLang's ``models`` that holds an architecture."""
 
 
 def main(fd: int) -> None:
@@ -96,8 +90,8 @@ class _Server:
             from zerokl.alignment.sglang import cpu_shims
 
             cpu_shims.activate()
-        model = inspect_model(config.model_path)
-        _skip_unused_models(_MODEL_MODULES[model.architecture])
+        model = inspect_model(config.model_path, config.architecture)
+        _skip_unused_models(model.architecture.sglang_module)
         import sglang
 
         self.config = config
@@ -278,8 +272,13 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "enable_return_routed_experts": config.capture_experts,
         "log_level": "warning",
     }
+    overrides: dict[str, Any] = {}
     if config.disabled_hooks:
-        args["json_model_override_args"] = json.dumps({DISABLED_HOOKS_KEY: list(config.disabled_hooks)})
+        overrides[DISABLED_HOOKS_KEY] = list(config.disabled_hooks)
+    if config.architecture is not None:
+        overrides[ARCHITECTURE_KEY] = asdict(config.architecture)
+    if overrides:
+        args["json_model_override_args"] = json.dumps(overrides)
     if on_cpu:
         args |= {"device": "cpu", "disable_cuda_graph": True, "mem_fraction_static": 0.3}
     return args

@@ -31,20 +31,18 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.runtime_context import get_parallel
 
 from zerokl import kernels
+from zerokl.alignment import architectures
+from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.routing import Router, router_of
 from zerokl.alignment.sglang import moe_hooks, sampling
-from zerokl.alignment.sglang.config import ARCHITECTURES, DISABLED_HOOKS_KEY
+from zerokl.alignment.sglang.config import ARCHITECTURE_KEY, DISABLED_HOOKS_KEY
 from zerokl.alignment.sglang.errors import UnsupportedError
 
 CONTAINERS = {
-    "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP",
-    "Qwen3ForCausalLM", "Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention", "Qwen2MLP",
-    "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeSparseMoeBlock",
-    "Glm4MoeForCausalLM", "Glm4MoeModel", "Glm4MoeDecoderLayer", "Glm4MoeAttention", "Glm4MoeMLP",
     "UnquantizedFusedMoEMethod",  # a child of the experts, whose forward is bound
     "ModuleList", "Pooler",
 }  # fmt: skip
-"""Module types that compute nothing themselves on the path from token ids to log-probabilities."""
+"""Module types of every architecture that compute nothing on the path from token ids to log-probabilities."""
 
 
 @dataclass
@@ -101,26 +99,46 @@ def _built(hook: str, op: str, per_forward: int, calls: int) -> dict[str, Any]:
 def bind(runner: Any, backend: Any) -> Binding:
     """Bind every module of the runner's model. Raises UnsupportedError for anything the kernels do not define."""
     model = runner.model
-    architecture = type(model).__name__
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    _check_layout(runner)
     config = model.config
+    architecture = _architecture(type(model).__name__, getattr(config, ARCHITECTURE_KEY, None))
+    containers = CONTAINERS.union(architecture.sglang_containers)
+    _check_layout(runner)
     runner.sampler = sampling.create()
-    router = router_of(config.to_dict() | {"architectures": [architecture]})
-    head_norms = architecture != "LlamaForCausalLM" and getattr(config, "use_qk_norm", True)
+    described = config.to_dict() | {"architectures": [architecture.name]}
+    router, head_norms = router_of(described), architecture.has_head_norm(described)
+    _check_rotary(model, architecture, float(architecture.rotated_fraction(described)))
     table = {hook.name: hook for hook in _expected(config.num_hidden_layers, head_norms, router)}
     disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
         binder = _BINDERS.get(type(module)) or _MODEL_BINDERS.get(type(module).__name__)
         if binder is None:
-            if type(module).__name__ not in CONTAINERS:
+            if type(module).__name__ not in containers:
                 raise UnsupportedError(f"module {name} is a {type(module).__name__}, which zerokl does not define")
             continue
         bind_module, names = binder
         if disabled.isdisjoint(names):
             bind_module(name, module, *(table[key] for key in names))
-    return Binding(architecture, config.num_hidden_layers, table, backend, runner.sampler)
+    return Binding(architecture.name, config.num_hidden_layers, table, backend, runner.sampler)
+
+
+def _architecture(name: str, plugin: dict[str, Any] | None) -> Architecture:
+    found = architectures.find(name, None if plugin is None else Architecture(**plugin))
+    if found is None:
+        raise UnsupportedError(f"architecture {name} is not supported; supported: {architectures.supported()}")
+    return found
+
+
+def _check_rotary(model: Any, architecture: Architecture, fraction: float) -> None:
+    """The engine's own model must turn its heads as the trainer reads the same ``config.json``."""
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            found = module.rotary_dim, not module.is_neox_style
+            expected = int(fraction * module.head_size), architecture.interleaved_rotary
+            if found != expected:
+                raise UnsupportedError(
+                    f"{architecture.name}: SGLang turns (dimensions, interleaved) = {found}, the architecture says "
+                    f"{expected}; correct its partial_rotary or interleaved_rotary"
+                )
 
 
 def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[Hook]:
@@ -198,17 +216,16 @@ def _bind_norm(name: str, module: Any, plain: Hook, added: Hook) -> None:
 
 
 def _bind_rotary(name: str, module: Any, hook: Hook) -> None:
-    if module.rotary_dim != module.head_size or not module.is_neox_style:
-        raise UnsupportedError(f"module {name}: partial or interleaved rotary embedding is not supported")
-    dim = module.head_size
-    table = kernels.rotary_table(module.max_position_embeddings, dim, module.base)
+    dim, interleaved = module.head_size, not module.is_neox_style
+    table = kernels.rotary_table(module.max_position_embeddings, module.rotary_dim, module.base)
 
     def forward(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *unknown: Any, **named: Any) -> Any:
         if any(value is not None for value in (*unknown, *named.values())):
             raise UnsupportedError(f"module {name}: offsets and fused cache writes are not supported")
         hook.calls += 1
         tokens = q.shape[0]
-        q_out, k_out = kernels.rotary(q.view(tokens, -1, dim), k.view(tokens, -1, dim), positions, table)
+        q, k = q.view(tokens, -1, dim), k.view(tokens, -1, dim)
+        q_out, k_out = kernels.rotary(q, k, positions, table, interleaved=interleaved)
         return q_out.view(tokens, -1), k_out.view(tokens, -1)
 
     hook.attach(module, "forward", forward)

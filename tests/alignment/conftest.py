@@ -1,6 +1,8 @@
 """Tiny models and random packed batches for the Megatron tests."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))  # for scripts that tests start and read from
 
 SHAPE = {
     "vocab_size": 320,
@@ -22,7 +26,8 @@ SHAPE = {
 }
 
 
-def _make(config_class: str, folder: Path, **options) -> Path:
+def _make(config_class: str, folder: Path, architecture: str | None = None, **options) -> Path:
+    """``architecture``: SGLang's name for it, where it has one of its own."""
     import transformers
 
     config = getattr(transformers, config_class)(**SHAPE, **options)
@@ -30,20 +35,26 @@ def _make(config_class: str, folder: Path, **options) -> Path:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):  # as for zeros
+                torch.nn.init.uniform_(parameter, -1.0, 1.0)
             if "norm" in name:  # all ones would hide a norm that forgets its weight
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(-0.1, 0.1)
     model.save_pretrained(folder)
+    if architecture is not None:
+        described = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(described | {"architectures": [architecture]}))
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
-    """Random models: Llama untied; Qwen3 tied and untied, with heads wider than hidden_size / heads; two sparse
-    ones, of which the second has a dense layer first, groups of experts, a selection bias and shared experts."""
+    """Random models: Llama untied; Qwen2 with its biases; Qwen3 tied and untied, with heads wider than hidden_size /
+    heads; two sparse ones, of which the second has a dense layer first, biases, half-turned heads, groups of experts, a
+    selection bias and shared experts; ERNIE 4.5, which is an architecture from outside the package."""
     root = tmp_path_factory.mktemp("models")
     return {
         "llama": _make("LlamaConfig", root / "llama", head_dim=32, tie_word_embeddings=False, rope_theta=1e5),
@@ -74,9 +85,11 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
             routed_scaling_factor=2.5,
             num_mtp_layers=0,
             first_k_dense_replace=1,
-            partial_rotary_factor=1.0,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0},
+            attention_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
         ),
+        "qwen2": _make("Qwen2Config", root / "qwen2", tie_word_embeddings=True),
+        "ernie45": _make("Ernie4_5Config", root / "ernie45", "Ernie4_5_ForCausalLM", head_dim=32, use_bias=False),
         "qwen3": _make("Qwen3Config", root / "qwen3", head_dim=64, tie_word_embeddings=False),
     }
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from zerokl.alignment.megatron.convert import hf_shapes, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 
-NAMES = ["llama", "qwen3-tied", "qwen3", "qwen3-moe", "glm4-moe"]
+NAMES = ["llama", "qwen3-tied", "qwen2", "qwen3", "qwen3-moe", "glm4-moe"]
 
 
 @pytest.fixture
@@ -133,6 +133,7 @@ def test_truncated_weights(broken):
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported are LlamaForCausalLM"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rotary scaling 'llama3' is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported for Qwen3ForCausalLM"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
@@ -156,7 +157,8 @@ def test_unsupported_configs(broken, changes, message):
         ({"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number"),
         ({"n_shared_experts": 0}, "n_shared_experts must be a positive integer"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer"),
-        ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": None}, "partial_rotary_factor is not"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.3}}, "9.6 of 32 dimensions"),
+        ({"mlp_bias": True}, "mlp_bias = True is not supported"),
     ],
 )
 def test_unsupported_groups_and_shared_experts(tiny_models, tmp_path, changes, message):

@@ -1,6 +1,7 @@
 """MegatronPolicy: the model's log-probabilities, in the same bits however they are packed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ def mean_loss(logprobs, _index):
 
 @pytest.fixture(scope="module")
 def scorers(tiny_models):
-    return {name: MegatronPolicy(folder) for name, folder in tiny_models.items()}
+    from zerokl.orchestrate.callables import load_architecture
+
+    plugin = load_architecture("examples/ernie45.py:ERNIE_45", Path(__file__).parents[2])
+    return {name: MegatronPolicy(folder, architecture=plugin) for name, folder in tiny_models.items()}
 
 
 def reference_logprobs(folder, pairs):
@@ -43,7 +47,7 @@ def reference_logprobs(folder, pairs):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied", "qwen3", "ernie45"])
 def test_logprobs_are_the_models(scorers, tiny_models, make_pairs, pack, name, temperature):
     pairs = make_pairs(LENGTHS, temperature=temperature)
     ours = scorers[name].logprobs(pack(pairs))

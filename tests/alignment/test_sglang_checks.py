@@ -33,7 +33,7 @@ def edit(model: Path, **changes) -> None:
 
 def test_a_good_model_is_described(model):
     info = inspect_model(str(model))
-    assert (info.architecture, info.vocab_size, info.max_positions) == ("LlamaForCausalLM", 320, 512)
+    assert (info.architecture.name, info.vocab_size, info.max_positions) == ("LlamaForCausalLM", 320, 512)
 
 
 @pytest.mark.parametrize(

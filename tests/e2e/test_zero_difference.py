@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = ("tiny-llama", "tiny-qwen3", "tiny-qwen3_moe", "tiny-glm4_moe", "smollm2-135m")
+MODELS = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3_moe", "tiny-glm4_moe", "smollm2-135m")
 EQUAL = (
     "batch 1", "batch 2", "batch 7", "batch 32", "longer than a prefill chunk", "prefix-cache hit", "temperature 0.6",
     "temperature 1.7, top-p 0.8", "top-k 20, top-p 0.9", "greedy", "arrivals while others decode",

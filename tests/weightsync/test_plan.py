@@ -94,7 +94,7 @@ def test_a_simulated_transfer_is_direct_slicing_and_writes_each_byte_once(case, 
 def test_the_layout_of_one_rank_is_what_the_trainer_holds():
     config = ModelConfig(
         "Qwen3ForCausalLM", 75, 24, 16, 4, 8, 4, 6, max_position_embeddings=8, rms_norm_eps=1e-6, rope_theta=1e4,
-        tie_word_embeddings=False, qk_norm=True,
+        tie_word_embeddings=False, qk_norm=True, qkv_bias=False, rotary_dim=4, interleaved_rotary=False,
     )  # fmt: skip
     model = replace(DENSE, tied=False, qkv_bias=False)
     full = engines.values(model)
