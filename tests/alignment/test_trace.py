@@ -1,12 +1,15 @@
 """The comparator aligns chunks, decode steps and a packed forward by absolute position, and compares bits."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from zerokl import kernels
 from zerokl.alignment.recorder import Modules, Plant, Recorder
+from zerokl.alignment.sglang.errors import UnsupportedError
+from zerokl.alignment.sglang.tracing import attach
 from zerokl.alignment.trace import Record, Step, TraceError, first_difference, read
 
 EMBEDDING, LINEAR = Step(None, "embedding", 0, "y"), Step(0, "linear", 1, "y")
@@ -121,6 +124,9 @@ def test_what_cannot_be_aligned_is_refused():
         first_difference({LINEAR: rollout[LINEAR]}, trainer)
     with pytest.raises(TraceError, match=r"only one side has the tokens at \[5\]"):
         first_difference({**rollout, LINEAR: rollout[LINEAR][:3]}, trainer)
+    shifted = [record([p + 1 for p in r.positions.tolist()], r.values) for r in rollout[LINEAR]]
+    with pytest.raises(TraceError, match=r"only one side has the tokens at \[0, 6\]"):
+        first_difference({**rollout, LINEAR: shifted}, trainer)
     with pytest.raises(TraceError, match="the rollout computed a token twice"):
         first_difference({**rollout, LINEAR: [*rollout[LINEAR], rollout[LINEAR][2]]}, trainer)
     with pytest.raises(TraceError, match=r"width 3 in the rollout, .* of 2 in the trainer"):
@@ -130,12 +136,12 @@ def test_what_cannot_be_aligned_is_refused():
 
 
 class Tiny(torch.nn.Module):
-    """One layer: a norm and a linear."""
+    """Two layers of a norm and two linears."""
 
     class Layer(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             w = values(4, 4)
-            return kernels.linear(kernels.rms_norm(x, w[0], 1e-5), w)
+            return kernels.linear(kernels.linear(kernels.rms_norm(x, w[0], 1e-5), w), w)
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +173,7 @@ def test_a_recording_holds_every_output_by_layer_and_call(tmp_path):
     trace = recorded(tmp_path / "a", x)
     assert list(trace) == [
         Step(layer, *rest) for layer in (0, 1) for rest in
-        [("rms_norm", 0, "sum"), ("rms_norm", 0, "y"), ("linear", 0, "y")]
+        [("rms_norm", 0, "sum"), ("rms_norm", 0, "y"), ("linear", 0, "y"), ("linear", 1, "y")]
     ]  # fmt: skip
     assert [r.positions.tolist() for r in trace[Step(1, "linear", 0, "y")]] == [[0, 1], [2, 3]]
     assert torch.equal(torch.cat([r.values for r in trace[Step(0, "rms_norm", 0, "sum")]]), x)
@@ -177,19 +183,20 @@ def test_a_recording_holds_every_output_by_layer_and_call(tmp_path):
 def test_a_planted_fault_is_one_ulp_where_it_was_wanted(tmp_path):
     x = values(4, 4)
     clean = recorded(tmp_path / "a", x)
-    faulty = recorded(tmp_path / "b", x, plant=Plant("linear", 1, 3, element=2))
+    faulty = recorded(tmp_path / "b", x, plant=Plant("linear", 1, 3, call=1, element=2))
     found = first_difference(clean, faulty)
-    assert (found.step, found.token, found.element) == (Step(1, "linear", 0, "y"), 3, 2)
+    assert (found.step, found.token, found.element) == (Step(1, "linear", 1, "y"), 3, 2)
     assert int(found.trainer.bits, 16) == int(found.rollout.bits, 16) + 1
     assert found.differing == 1
 
 
 def test_columns_are_compared_in_the_order_asked_for(tmp_path):
     x, order = values(4, 4), torch.tensor([2, 0, 3, 1])
-    step = Step(1, "linear", 0, "y")
+    step = Step(1, "linear", 1, "y")
     plain = recorded(tmp_path / "a", x)[step][1].values
     assert torch.equal(recorded(tmp_path / "b", x, columns={"layers.1": order})[step][1].values, plain[:, order])
-    faulty = recorded(tmp_path / "c", x, columns={"layers.1": order}, plant=Plant("linear", 1, 2, element=3))
+    fault = Plant("linear", 1, 2, call=1, element=3)
+    faulty = recorded(tmp_path / "c", x, columns={"layers.1": order}, plant=fault)
     changed = faulty[step][1].values.view(torch.int16) != plain[:, order].contiguous().view(torch.int16)
     assert torch.nonzero(changed).tolist() == [[0, 3]]
 
@@ -205,6 +212,37 @@ def test_an_unknown_op_or_odd_rows_are_refused(tmp_path, tokens, message):
             torch.ops.zerokl.exp2(torch.zeros(4), torch.zeros(4)) if tokens == 4 else Tiny()(values(4, 4))
     with pytest.raises(TraceError, match="holds no recording"):
         read(tmp_path)
+
+
+class Runner:
+    """An SGLang runner, as far as a tracer goes: the sampler is one more op outside the layers."""
+
+    def __init__(self) -> None:
+        self.model = Tiny()
+        inner = self.model.forward
+        self.model.forward = lambda *args: inner(values(4, 4)[args[1]])
+        self.sampler = SimpleNamespace(forward=lambda x: kernels.rms_norm(x, values(1, 4)[0], 1e-5))
+
+    def run(self, *tokens: int, batch_size: int = 1) -> None:
+        batch = SimpleNamespace(batch_size=batch_size)
+        self.sampler.forward(self.model.forward(None, torch.tensor(tokens), batch))
+
+
+def test_an_engines_passes_are_recorded_from_when_it_was_asked(tmp_path):
+    runner = Runner()
+    attach(runner)
+    runner.run(0, 1)
+    runner.run(0, batch_size=2)  # a batch is fine as long as nobody records
+    runner.model.zerokl_tracer.start(str(tmp_path), {"op": "linear", "layer": 0, "token": 2, "call": 1, "element": 0})
+    with pytest.raises(UnsupportedError, match="one request at a time, got 2"):
+        runner.run(0, batch_size=2)
+    runner.run(0, 1)
+    runner.run(2)
+    trace = read(tmp_path)
+    assert [r.positions.tolist() for r in trace[Step(None, "rms_norm", 0, "y")]] == [[0, 1], [2]]
+    clean = recorded(tmp_path / "clean", values(4, 4))
+    ours, theirs = (t[Step(0, "linear", 1, "y")] for t in (trace, clean))
+    assert int((ours[1].values.view(torch.int16) - theirs[1].values[:1].view(torch.int16)).sum()) == 1
 
 
 def test_megatrons_columns_are_put_into_the_rollouts_order():

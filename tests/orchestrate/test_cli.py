@@ -158,7 +158,7 @@ def test_options_a_sparse_model_has_no_place_for(zerokl, tiny_moe, options, mess
         (["--inject-op", "linear:x"], "no op is called 'linear:x'"),
         (["--inject-op", "linear", "--inject-layer", "2"], "the model has 2 layers"),
         (["--prompt", "a", "--max-new-tokens", "3", "--inject-op", "linear", "--inject-token", "3"], "from 0 to 2"),
-        (["--temperature", "nan"], "cannot sample"),
+        (["--top-p", "0"], "cannot sample"),
     ],
 )
 def test_bad_traces(zerokl, tiny, options, message):
