@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -104,7 +105,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         "prompt_tokens": len(request.input_ids),
         "generated_tokens": generated,
         "differing_weights": weights,
-        "first_difference": None if found is None else asdict(found) | {"step": found.step._asdict()},
+        "first_difference": None if found is None else _plain(found),
         "hint": hint(found, weights),
     }
 
@@ -141,8 +142,17 @@ def hint(found: Difference | None, weights: list[str]) -> str:
     return f"{same}{_HINTS[found.step.op]}; every earlier output is equal, so this op's own inputs are"
 
 
+def _plain(found: Difference) -> dict[str, Any]:
+    """The difference as JSON values: a number that is not finite becomes null."""
+    plain = asdict(found) | {"step": found.step._asdict()}
+    for value in (plain["rollout"], plain["trainer"]):
+        value["number"] = value["number"] if math.isfinite(value["number"]) else None
+    return plain
+
+
 def _side(value: dict[str, Any]) -> str:
-    return f"{value['bits']} ({value['number']!r}) by {value['op']} in {value['module'] or 'the head'}"
+    number = "not finite" if value["number"] is None else repr(value["number"])
+    return f"{value['bits']} ({number}) by {value['op']} in {value['module'] or 'the head'}"
 
 
 def _request(settings: Settings) -> tuple[Path, Request]:

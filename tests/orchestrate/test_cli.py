@@ -1,6 +1,7 @@
 """Bad input: one message with cause and remedy, exit code 2, nothing half-written. No engine is started here."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,21 @@ def test_the_hint_looks_where_the_difference_begins():
     assert "page table" in trace.hint(found("attention", "out"), [])
     assert trace.hint(found("linear", "y", value), []).startswith("why the value is not finite")
     assert all(trace.hint(found(op, "y"), []) for op in OPS)
+
+
+def test_a_difference_is_told_in_full():
+    nan, one = (trace_module.Value(n, b, "linear", m) for n, b, m in [(math.nan, "0x7fc0", "a.b"), (1.0, "0x3f80", "")])
+    found = trace_module.Difference(Step(0, "linear", 1, "y"), 5, 6, 7, nan, one, 8)
+    result = {
+        "equal": False, "compared": 3, "prompt_tokens": 4, "generated_tokens": 2, "differing_weights": [],
+        "first_difference": json.loads(json.dumps(trace._plain(found), allow_nan=False)), "hint": "here",
+    }  # fmt: skip
+    printed = "\n".join(trace.lines(result))
+    assert "first difference  layer 0, linear:1, y: token 5, element 6 of 7\n" in printed
+    assert "rollout         0x7fc0 (not finite) by linear in a.b\n" in printed
+    assert "trainer         0x3f80 (1.0) by linear in the head\n" in printed
+    assert "8 elements of this output differ" in printed
+    assert printed.endswith("look at           here\nNOT EQUAL")
 
 
 def test_a_recipe_whose_model_cannot_do_what_it_says(zerokl, tiny, tiny_moe):
