@@ -211,9 +211,7 @@ class Recorder(TorchDispatchMode):
             return
         places = torch.arange(main.numel(), device=main.device).reshape(main.shape)
         row = self._canonical(places, rows, by_expert)[found[0]]
-        if plant.element >= row.numel():
-            raise TraceError(f"the planted element {plant.element} is beyond the {row.numel()} of {plant.op}")
-        with torch.no_grad():
+        if plant.element < row.numel():  # else it has no place; raising here would end SGLang's scheduler
             main.view(-1).view(_BITS[main.dtype])[row[plant.element]] += 1
 
 

@@ -201,5 +201,8 @@ def _check_planted(plant: Plant, trace: Trace) -> None:
         where = "outside the layers" if plant.layer is None else f"in layer {plant.layer}"
         raise UserError(f"--inject-op {plant.op}:{plant.call} does not run {where}", f"what runs: {', '.join(names)}")
     tokens = {int(token) for record in trace[found[0]] for token in record.positions}
+    width = trace[found[-1]][0].values.shape[1]
+    if plant.element >= width:
+        raise UserError(f"--inject-element {plant.element}: a row of {plant.op} has {width}, counted from 0")
     if plant.token not in tokens:
         raise UserError(f"--inject-token {plant.token}: {plant.op} computes tokens {min(tokens)} to {max(tokens)}")

@@ -186,6 +186,7 @@ def test_a_fault_without_a_place_names_what_runs():
         (Plant("linear", 1, 4, call=1), "linear:1 does not run in layer 1\n.*linear:0, rotary:0"),
         (Plant("linear", None, 4), "linear:0 does not run outside the layers"),
         (Plant("linear", 1, 5), "computes tokens 0 to 4"),
+        (Plant("linear", 1, 4, element=1), "a row of linear has 1, counted from 0"),
     ]:
         with pytest.raises(UserError, match=message):
             trace._check_planted(plant, there)
