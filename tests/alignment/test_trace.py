@@ -214,6 +214,18 @@ def test_an_unknown_op_or_odd_rows_are_refused(tmp_path, tokens, message):
         read(tmp_path)
 
 
+def test_a_module_that_layers_share_is_named_below_the_layer_that_runs():
+    model, shared, seen = torch.nn.Module(), torch.nn.Identity(), []
+    model.layers = torch.nn.ModuleList([torch.nn.Sequential(shared), torch.nn.Sequential(shared)])
+    with Modules(model) as modules:
+        handle = shared.register_forward_pre_hook(lambda *_: seen.append((modules.layer, modules.path)))
+        for layer in model.layers:
+            layer(torch.zeros(1))
+        handle.remove()
+        assert (modules.layer, modules.path) == (None, "")
+    assert seen == [(0, "layers.0.0"), (1, "layers.1.0")]
+
+
 class Runner:
     """An SGLang runner, as far as a tracer goes: the sampler is one more op outside the layers."""
 
