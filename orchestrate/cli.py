@@ -47,6 +47,11 @@ class Fault(enum.StrEnum):
     replay_shift = "replay-shift"
 
 
+class Side(enum.StrEnum):
+    rollout = "rollout"
+    trainer = "trainer"
+
+
 class Family(enum.StrEnum):
     llama = "llama"
     qwen2 = "qwen2"
@@ -88,6 +93,48 @@ def verify(
         stock=control is not None,
         replay=replay.value,
         inject=inject.value if inject else None,
+    )
+    result = command.run(settings, say=_say)
+    if json is not None:
+        files.write_json(json, result)
+    for line in command.lines(result):
+        typer.echo(line)
+    raise typer.Exit(0 if result["equal"] else FAILED)
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Option(help="A known name (smollm2-135m) or a Hugging Face model folder.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="One more architecture: package.module.SPEC or file.py:SPEC.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    input_ids: Annotated[str | None, typer.Option(help="The same as token ids: 5,6,7.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="The same from a file, as for `zerokl verify`.")] = None,
+    request: Annotated[int, typer.Option(min=0, help="Which prompt of the file, or of the built-in ones.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to sample.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 samples greedily.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides every sampled token.")] = 0,
+    inject_op: Annotated[str | None, typer.Option(help="Plant one ULP in an op: name, or name:call.")] = None,
+    inject_layer: Annotated[int | None, typer.Option(help="In this layer; default: outside the layers.")] = None,
+    inject_token: Annotated[int, typer.Option(min=0, help="For the token at this position.")] = 0,
+    inject_element: Annotated[int, typer.Option(min=0, help="In this element of its row.")] = 0,
+    inject_side: Annotated[Side, typer.Option(help="On this side.")] = Side.trainer,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+) -> None:
+    """Run one request through both engines, compare every op's output, name the first difference."""
+    from zerokl.orchestrate import files, verify
+    from zerokl.orchestrate import trace as command
+
+    if json is not None:
+        files.check_writable(json)
+    settings = command.Settings(
+        verify=verify.Settings(model, architecture, prompts, max_new_tokens, temperature, top_p, seed),
+        task=command.task(prompt, input_ids, prompts, request),
+        request=request,
+        plant=command.plant(inject_op, inject_layer, inject_token, inject_element),
+        side=inject_side.value,
     )
     result = command.run(settings, say=_say)
     if json is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
-from zerokl.alignment.verify import compare
+from zerokl.alignment.verify import Mismatch, compare
 from zerokl.orchestrate import builtin_prompts, faults, manifest, models
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.callables import load_architecture
-from zerokl.orchestrate.data import read_jsonl
+from zerokl.orchestrate.data import Task, read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
 from zerokl.orchestrate.samples import sampling_seed
 from zerokl.orchestrate.scoring import score
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from zerokl.alignment.sglang.engine import RolloutEngine
 
 CHUNK = 256  # prefill chunk: the built-in prompts hold a longer one
-_START_TIMEOUT_S = 300.0
-_GENERATE_TIMEOUT_S = 1800.0
+START_TIMEOUT_S = 300.0
+GENERATE_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     architecture = load_architecture(settings.architecture, Path.cwd()) if settings.architecture else None
-    folder, requests = _requests(settings, architecture)
+    folder, requests = make_requests(settings, architecture=architecture)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = _start(folder, requests, settings, architecture)
+    engine, policy = start(folder, requests, architecture, stock=settings.stock, replay=settings.replay)
     with engine:
         faults.plant(settings.inject, engine, policy)
-        generations = engine.generate(requests, timeout_s=_GENERATE_TIMEOUT_S)
-        digests = engine.weights_digest(timeout_s=_START_TIMEOUT_S), policy.weights_digest()
+        generations = engine.generate(requests, timeout_s=GENERATE_TIMEOUT_S)
+        digests = engine.weights_digest(timeout_s=START_TIMEOUT_S), policy.weights_digest()
         engine_manifest = engine.manifest()
     say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
     generations = faults.damage_records(settings.inject, generations)
@@ -83,11 +84,13 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     faults.damage_scores(settings.inject, scored)
     found = compare(generations, scored)
     engine_digest, trainer_digest = (_one_digest(side) for side in digests)
+    equal = found.equal and engine_digest == trainer_digest and differing == 0
     return {
-        "equal": found.equal and engine_digest == trainer_digest and differing == 0,
+        "equal": equal,
         **found.to_json(),
         "routing": {"replay": settings.replay, "differing_tokens": differing if settings.replay == "check" else None},
         "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
+        "trace": None if equal or settings.stock else trace_command(settings, found.first_mismatch),
         "requests": len(requests),
         "longest_prompt": max(len(r.input_ids) for r in requests),
         "cached_tokens": sum(g.cached_tokens for g in generations),
@@ -114,10 +117,33 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"first mismatch    request {first['request']}, generated token {first['position']} (id {first['token']}): "
             f"rollout {first['rollout']}, trainer {first['trainer']}"
         )
-    return [*out, "EQUAL, bit for bit" if result["equal"] else "NOT EQUAL"]
+    out.append("EQUAL, bit for bit" if result["equal"] else "NOT EQUAL")
+    if result["trace"]:
+        out.append(f"to see where it begins: {result['trace']}")
+    return out
 
 
-def _requests(settings: Settings, architecture: Architecture | None) -> tuple[Path, list[Request]]:
+def trace_command(settings: Settings, mismatch: Mismatch | None) -> str:
+    """The `zerokl trace` of the first request that differs (the first of all where only weights or routing do).
+
+    A planted fault is not part of it.
+    """
+    options = {
+        "model": settings.model, "architecture": settings.architecture, "prompts": settings.prompts,
+        "request": mismatch.request if mismatch else 0, "max-new-tokens": settings.max_new_tokens,
+        "temperature": settings.temperature, "top-p": settings.top_p, "seed": settings.seed,
+    }  # fmt: skip
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["zerokl", "trace", *words])
+
+
+def make_requests(
+    settings: Settings, tasks: Sequence[Task] | None = None, *, architecture: Architecture | None = None
+) -> tuple[Path, list[Request]]:
+    """The model's folder and the requests: of ``tasks``, else of the prompts file, else the built-in ones.
+
+    Raises UserError for anything that could not be served.
+    """
     if not (math.isfinite(settings.temperature) and 0 < settings.top_p <= 1):
         raise UserError(f"cannot sample with temperature {settings.temperature}, top-p {settings.top_p}",
                         "temperature: finite, at least 0; top-p: above 0, at most 1")  # fmt: skip
@@ -132,11 +158,13 @@ def _requests(settings: Settings, architecture: Architecture | None) -> tuple[Pa
             f"--max-new-tokens {settings.max_new_tokens} leaves no room in the model's "
             f"{config.max_position_embeddings} positions", "lower it"
         )  # fmt: skip
-    own = settings.prompts is None
-    if settings.prompts is None:
+    if tasks is None and settings.prompts is not None:
+        tasks = read_jsonl(settings.prompts)
+    own = tasks is None
+    if tasks is None:
         prompts = builtin_prompts.make(tokenizer, longest=longest)
     else:
-        prompts = [(tokenizer.encode(t, template=None, longest=longest), 0.0) for t in read_jsonl(settings.prompts)]
+        prompts = [(tokenizer.encode(t, template=None, longest=longest), 0.0) for t in tasks]
     return folder, [
         Request(
             ids,
@@ -161,10 +189,16 @@ def _check_moe(settings: Settings, config: ModelConfig) -> None:
         )
 
 
-def _start(
-    folder: Path, requests: Sequence[Request], settings: Settings, architecture: Architecture | None
+def start(
+    folder: Path,
+    requests: Sequence[Request],
+    architecture: Architecture | None = None,
+    *,
+    stock: bool = False,
+    replay: Mode = "off",
+    trace: bool = False,
 ) -> tuple[RolloutEngine, MegatronPolicy]:
-    """The engine (a child process) and the policy (here), started side by side."""
+    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record."""
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 
@@ -172,23 +206,19 @@ def _start(
     config = EngineConfig(
         model_path=str(folder),
         architecture=architecture,
-        stock=settings.stock,
-        capture_experts=settings.replay != "off",
+        stock=stock,
+        capture_experts=replay != "off",
+        radix_cache=not trace,  # every token is to be computed
+        trace=trace,
         context_length=longest,
         max_total_tokens=max(16384, 2 * longest),
         chunked_prefill_size=CHUNK,
         threads=cores(None),
     )
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(RolloutEngine, config, start_timeout_s=_START_TIMEOUT_S)
+        starting = pool.submit(RolloutEngine, config, start_timeout_s=START_TIMEOUT_S)
         try:
-            policy = MegatronPolicy(
-                folder,
-                architecture=architecture,
-                stock=settings.stock,
-                replay=settings.replay,
-                threads=cores(None),
-            )
+            policy = MegatronPolicy(folder, architecture=architecture, stock=stock, replay=replay, threads=cores(None))
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()

@@ -1,4 +1,4 @@
-"""The functions SGLang's scheduler calls by name on its live model: ``load``, ``digest`` and ``flip_bit``.
+"""The functions SGLang's scheduler calls by name on its live model: ``load``, ``digest``, ``flip_bit``, ``trace``.
 
 SGLang calls a custom weight loader with the model and the tensors it was sent, drops its result, and dies with it if it
 raises. So a request is one uint8 tensor of JSON that names an ``answer`` file; the answer, ``{"result": …}`` or
@@ -60,6 +60,16 @@ def flip_bit(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor
         octet = target.view(-1).view(torch.uint8)[element * target.dtype.itemsize + bit // 8]
         with torch.no_grad():
             octet.bitwise_xor_(1 << bit % 8)
+
+    _answer(named_tensors, action)
+
+
+def trace(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """Let the model's tracer record into ``folder`` from now on, with the fault ``plant`` unless it is None."""
+
+    def action(request: dict[str, Any]) -> None:
+        tracer: Any = model.zerokl_tracer
+        tracer.start(request["folder"], request["plant"])
 
     _answer(named_tensors, action)
 

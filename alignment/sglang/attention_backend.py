@@ -10,7 +10,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from zerokl import kernels
-from zerokl.alignment.sglang import hooks
+from zerokl.alignment.sglang import hooks, tracing
+from zerokl.alignment.sglang.config import TRACE_KEY
 from zerokl.alignment.sglang.errors import UnsupportedError
 
 
@@ -96,6 +97,8 @@ def create(runner: Any) -> ZeroKLAttention:
     """
     backend = ZeroKLAttention(runner)
     binding = hooks.bind(runner, backend)
+    if getattr(runner.model.config, TRACE_KEY, False):
+        tracing.attach(runner)
     HookRegistry.register(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
         lambda result, *_: _add_report(result, binding),

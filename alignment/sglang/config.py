@@ -21,6 +21,8 @@ DISABLED_HOOKS_KEY = "zerokl_disabled_hooks"
 
 ARCHITECTURE_KEY = "zerokl_architecture"
 """The same for `EngineConfig.architecture`, as a JSON object."""
+TRACE_KEY = "zerokl_trace"
+"""The same for `EngineConfig.trace`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class EngineConfig:
     architecture: one that the package does not know (see `alignment.architectures`).
     stock: SGLang's own kernels instead of zerokl's, for control measurements.
     capture_experts: return the experts every token went to with each generation (`alignment.routing_replay`).
-    weight_loader: module with the functions ``load``, ``digest`` and ``flip_bit`` SGLang calls by name.
+    trace: be able to record what every op computes (`RolloutEngine.trace`), one request at a time.
+    weight_loader: module with the functions ``load``, ``digest``, ``flip_bit`` and ``trace`` SGLang calls by name.
     log_path: file for the engine's output; by default in a temporary folder that goes with the engine.
     disabled_hooks: hooks to leave out, a fault for tests: the engine must then refuse to start.
     """
@@ -49,6 +52,7 @@ class EngineConfig:
     chunked_prefill_size: int = 512
     page_size: int = 1
     radix_cache: bool = True
+    trace: bool = False
     threads: int = 2
     weight_loader: str = "zerokl.weightsync.sglang_loader"
     log_path: str | None = None
@@ -61,6 +65,9 @@ class EngineConfig:
             raise ValueError(f"must be at least 1: {', '.join(wrong)}")
         if self.dtype != "bfloat16":
             raise UnsupportedError(f"dtype {self.dtype!r} is not supported; supported: bfloat16")
+        if self.trace and (self.stock or self.radix_cache):
+            raise UnsupportedError("trace: needs zerokl's kernels (stock=False) and every token computed "
+                                   "(radix_cache=False)")  # fmt: skip
 
 
 @dataclass(frozen=True)

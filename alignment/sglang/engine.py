@@ -30,6 +30,7 @@ import numpy as np
 
 from zerokl.alignment import routing_replay
 from zerokl.alignment.openmp import PASSIVE
+from zerokl.alignment.recorder import Plant
 from zerokl.alignment.sglang import errors, protocol
 from zerokl.alignment.sglang.config import EngineConfig, check_requests, inspect_model
 from zerokl.alignment.sglang.errors import EngineError
@@ -100,6 +101,14 @@ class RolloutEngine:
         """Flip one bit of one live parameter (Hugging Face name, flat element index): fault injection."""
         message = protocol.FlipWeightBit(name, element, bit)
         self._ask(message, protocol.Done, timeout_s, f"a bit of {name} to flip")
+
+    def trace(self, folder: str | Path, plant: Plant | None = None, *, timeout_s: float = 60) -> None:
+        """Record what every op computes from now on into the existing ``folder`` (`alignment.trace.read` reads it).
+
+        Needs `EngineConfig.trace`; generate one request at a time then. ``plant``: a fault, to see it found.
+        """
+        message = protocol.Trace(str(Path(folder).resolve()), plant)
+        self._ask(message, protocol.Done, timeout_s, "a recording to begin")
 
     def flush_cache(self, *, timeout_s: float = 60) -> None:
         """Drop all cached prefixes."""

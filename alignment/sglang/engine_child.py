@@ -31,7 +31,13 @@ import numpy as np
 from zerokl.alignment import routing_replay
 from zerokl.alignment.routing import Router
 from zerokl.alignment.sglang import protocol
-from zerokl.alignment.sglang.config import ARCHITECTURE_KEY, DISABLED_HOOKS_KEY, EngineConfig, inspect_model
+from zerokl.alignment.sglang.config import (
+    ARCHITECTURE_KEY,
+    DISABLED_HOOKS_KEY,
+    TRACE_KEY,
+    EngineConfig,
+    inspect_model,
+)
 from zerokl.alignment.sglang.errors import EngineError
 from zerokl.alignment.sglang.report import check_report
 from zerokl.alignment.types import Request
@@ -118,6 +124,11 @@ class _Server:
             case protocol.FlipWeightBit(name, element, bit):
                 self._call_loader("flip_bit", {"name": name, "element": element, "bit": bit})
                 self._flush()
+                return protocol.Done()
+            case protocol.Trace(folder, plant):
+                if not self.config.trace:
+                    raise EngineError("this engine was not started with EngineConfig.trace: it cannot record")
+                self._call_loader("trace", {"folder": folder, "plant": None if plant is None else asdict(plant)})
                 return protocol.Done()
             case protocol.FlushCache():
                 self._flush()
@@ -253,7 +264,7 @@ def _tokens(index: int, request: Request, result: dict[str, Any], capture: Route
 
 
 def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
-    loaders = [f"{config.weight_loader}.{function}" for function in ("load", "digest", "flip_bit")]
+    loaders = [f"{config.weight_loader}.{function}" for function in ("load", "digest", "flip_bit", "trace")]
     args: dict[str, Any] = {
         "model_path": config.model_path,
         "dtype": config.dtype,
@@ -272,12 +283,10 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "enable_return_routed_experts": config.capture_experts,
         "log_level": "warning",
     }
-    overrides: dict[str, Any] = {}
-    if config.disabled_hooks:
-        overrides[DISABLED_HOOKS_KEY] = list(config.disabled_hooks)
+    overrides: dict[str, Any] = {DISABLED_HOOKS_KEY: list(config.disabled_hooks), TRACE_KEY: config.trace}
     if config.architecture is not None:
         overrides[ARCHITECTURE_KEY] = asdict(config.architecture)
-    if overrides:
+    if any(overrides.values()):
         args["json_model_override_args"] = json.dumps(overrides)
     if on_cpu:
         args |= {"device": "cpu", "disable_cuda_graph": True, "mem_fraction_static": 0.3}

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from zerokl.alignment.recorder import Plant
 from zerokl.alignment.sglang.config import EngineConfig
 from zerokl.alignment.types import Request
 
@@ -51,6 +52,13 @@ class FlipWeightBit(Message, frozen=True):
     bit: int
 
 
+class Trace(Message, frozen=True):
+    """Record every forward pass from now on into the folder, with one planted fault if given."""
+
+    folder: str
+    plant: Plant | None
+
+
 class FlushCache(Message, frozen=True):
     pass
 
@@ -59,7 +67,7 @@ class Close(Message, frozen=True):
     pass
 
 
-Command = Start | Generate | LoadWeights | WeightsDigest | FlipWeightBit | FlushCache | Close
+Command = Start | Generate | LoadWeights | WeightsDigest | FlipWeightBit | Trace | FlushCache | Close
 
 
 class Ready(Message, frozen=True):

@@ -103,6 +103,12 @@ def test_a_context_beyond_the_model_is_refused(model):
         RolloutEngine(EngineConfig(str(model), context_length=513))
 
 
+@pytest.mark.parametrize("options", [{"radix_cache": True}, {"radix_cache": False, "stock": True}])
+def test_a_trace_needs_our_kernels_and_every_token(model, options):
+    with pytest.raises(UnsupportedError, match="trace: needs zerokl's kernels"):
+        EngineConfig(str(model), trace=True, **options)
+
+
 def test_refusals_of_sglang_are_errors():
     _require("begin_weight_update", (True, "Success"))
     with pytest.raises(EngineError, match="SGLang refused begin_weight_update: already open"):

@@ -1,6 +1,7 @@
 """The command `zerokl verify` as a user runs it: its exit codes and its JSON."""
 
 import json
+import shlex
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_a_real_model_agrees_on_two_thousand_tokens(verify):
     assert {"contract", "profile", "ops"} <= found["manifest"].keys()
     assert {"sglang", "megatron-core", "torch", "zerokl"} <= found["versions"].keys()
     assert "EQUAL, bit for bit" in printed
+    assert found["trace"] is None
 
 
 def test_sampling_options_and_own_prompts(verify, tmp_path):
@@ -55,6 +57,11 @@ def test_every_planted_fault_is_found(verify, fault):
     code, found, printed = verify("tiny-llama", "--inject", fault, *FEW)
     assert code == 1, printed
     assert "NOT EQUAL" in printed
+    assert found["trace"] in printed
+    options = dict(zip(*[iter(shlex.split(found["trace"])[2:])] * 2, strict=True))
+    assert options["--model"].endswith("tiny-llama")
+    wrong = found["first_mismatch"]
+    assert options["--request"] == str(wrong["request"] if wrong else 0)
     assert (found["nonfinite"] > 0) == (fault == "nan")
     assert (found["weights_digest"]["engine"] != found["weights_digest"]["trainer"]) == (fault == "weight-bit")
     if fault == "ulp":

@@ -1,13 +1,20 @@
 """Bad input: one message with cause and remedy, exit code 2, nothing half-written. No engine is started here."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from zerokl.orchestrate import cli, models
+from zerokl.alignment import trace as trace_module
+from zerokl.alignment.recorder import OPS, Plant
+from zerokl.alignment.trace import Record, Step
+from zerokl.alignment.verify import Mismatch
+from zerokl.orchestrate import cli, models, trace, verify
+from zerokl.orchestrate.errors import UserError
 
 RECIPES = Path(cli.__file__).resolve().parent.parent / "recipes"
 
@@ -138,6 +145,81 @@ def test_options_a_sparse_model_has_no_place_for(zerokl, tiny_moe, options, mess
     code, _, err = zerokl("verify", "--model", tiny_moe, *options)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input-ids", "5,six"], "'5,six': not token ids"),
+        (["--input-ids", "5,320"], "token 320 is outside the vocabulary"),
+        (["--prompt", "a", "--input-ids", "5"], "--prompt, --input-ids: one prompt at a time"),
+        (["--prompt", "a", "--request", "1"], "--prompt and --request: one prompt at a time"),
+        (["--request", "36"], "there are 36 prompts, counted from 0"),
+        (["--inject-op", "nothing"], "no op is called 'nothing'"),
+        (["--inject-op", "linear:x"], "no op is called 'linear:x'"),
+        (["--inject-op", "linear", "--inject-layer", "2"], "the model has 2 layers"),
+        (["--prompt", "a", "--max-new-tokens", "3", "--inject-op", "linear", "--inject-token", "3"], "from 0 to 2"),
+        (["--top-p", "0"], "cannot sample"),
+    ],
+)
+def test_bad_traces(zerokl, tiny, options, message):
+    code, out, err = zerokl("trace", "--model", tiny, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_the_trace_of_a_failed_verification():
+    settings = verify.Settings("a model", None, Path("p.jsonl"), 8, 0.5, 0.9, 3)
+    found = verify.trace_command(settings, Mismatch(7, 2, 5, "", ""))
+    assert found == (
+        "zerokl trace --model 'a model' --prompts p.jsonl --request 7 --max-new-tokens 8 --temperature 0.5 "
+        "--top-p 0.9 --seed 3"
+    )
+    assert "--request 0" in verify.trace_command(settings, None)
+
+
+def test_a_fault_without_a_place_names_what_runs():
+    records = [Record(torch.arange(5), torch.zeros(5, 1), "linear", "")]
+    there = {Step(1, "linear", 0, "y"): records, Step(1, "rotary", 0, "y"): records}
+    trace._check_planted(Plant("linear", 1, 4), there)
+    for plant, message in [
+        (Plant("linear", 1, 4, call=1), "linear:1 does not run in layer 1\n.*linear:0, rotary:0"),
+        (Plant("linear", None, 4), "linear:0 does not run outside the layers"),
+        (Plant("linear", 1, 5), "computes tokens 0 to 4"),
+        (Plant("linear", 1, 4, element=1), "a row of linear has 1, counted from 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            trace._check_planted(plant, there)
+
+
+def test_the_hint_looks_where_the_difference_begins():
+    value = trace_module.Value(1.0, "0x3f80", "linear", "m")
+    other = trace_module.Value(1.0, "0x3f81", "linear", "m")
+
+    def found(op, output, trainer=other):
+        return trace_module.Difference(Step(0, op, 0, output), 0, 0, 1, value, trainer, 1)
+
+    assert "prefix cache" in trace.hint(None, [])
+    assert "weight synchronisation: w differ" in trace.hint(found("linear", "y"), ["w"])
+    assert "residual addition" in trace.hint(found("rms_norm", "sum"), [])
+    assert "page table" in trace.hint(found("attention", "out"), [])
+    assert trace.hint(found("linear", "y", value), []).startswith("why the value is not finite")
+    assert all(trace.hint(found(op, "y"), []) for op in OPS)
+
+
+def test_a_difference_is_told_in_full():
+    nan, one = (trace_module.Value(n, b, "linear", m) for n, b, m in [(math.nan, "0x7fc0", "a.b"), (1.0, "0x3f80", "")])
+    found = trace_module.Difference(Step(0, "linear", 1, "y"), 5, 6, 7, nan, one, 8)
+    result = {
+        "equal": False, "compared": 3, "prompt_tokens": 4, "generated_tokens": 2, "differing_weights": [],
+        "first_difference": json.loads(json.dumps(trace._plain(found), allow_nan=False)), "hint": "here",
+    }  # fmt: skip
+    printed = "\n".join(trace.lines(result))
+    assert "first difference  layer 0, linear:1, y: token 5, element 6 of 7\n" in printed
+    assert "rollout         0x7fc0 (not finite) by linear in a.b\n" in printed
+    assert "trainer         0x3f80 (1.0) by linear in the head\n" in printed
+    assert "8 elements of this output differ" in printed
+    assert printed.endswith("look at           here\nNOT EQUAL")
 
 
 def test_a_recipe_whose_model_cannot_do_what_it_says(zerokl, tiny, tiny_moe):
