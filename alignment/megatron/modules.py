@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zerokl import kernels
+from zerokl.alignment.megatron import regions
 from zerokl.alignment.megatron.core import (
     ColumnParallelLinear,
     GPTModel,
@@ -58,39 +59,43 @@ class RMSNorm(torch.nn.Module):
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """`ColumnParallelLinear` whose product is `kernels.linear`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _require_one_rank(self)
+    """`ColumnParallelLinear` whose product is `kernels.linear`: every rank computes its own columns."""
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        del runtime_gather_output  # one rank holds every column
+        if self.gather_output or runtime_gather_output:
+            raise NotImplementedError("ColumnLinear: gather_output is not supported; columns stay with their ranks")
+        if self.config.sequence_parallel:
+            input_ = regions.gather_tokens(input_, self.tp_group)
+        input_ = regions.sum_gradients(input_, self.tp_group)
         bias = None if self.skip_bias_add else self.bias
         y = kernels.linear(input_, self.weight if weight is None else weight, bias)
         return y, self.bias if self.skip_bias_add else None
 
 
 class RowLinear(RowParallelLinear):
-    """`RowParallelLinear` whose product is `kernels.linear`."""
+    """`RowParallelLinear` whose product is `kernels.linear` in ``segments`` chains, added over ranks by R2's tree."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, segments: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _require_one_rank(self)
+        if segments % self.tp_group.size():
+            raise NotImplementedError(
+                f"RowLinear: tensor parallel size {self.tp_group.size()} does not divide segments={segments} "
+                "(contract R2); raise Layout.segments"
+            )
+        self.own_segments = segments // self.tp_group.size()
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         bias = None if self.skip_bias_add else self.bias
-        return kernels.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
-
-
-def _require_one_rank(linear: ColumnParallelLinear | RowParallelLinear) -> None:
-    if linear.tp_group.size() > 1:
-        raise NotImplementedError(
-            f"{type(linear).__name__}: tensor parallel size {linear.tp_group.size()} is not supported, because the "
-            "fp32 segment tree across ranks (contract R2) is not implemented; set tensor_model_parallel_size=1"
-        )
+        skipped = self.bias if self.skip_bias_add else None
+        if self.tp_group.size() == 1:
+            return kernels.linear(input_, self.weight, bias, segments=self.own_segments), skipped
+        if bias is not None:
+            raise NotImplementedError("RowLinear: a bias under tensor parallelism is not supported")
+        part = kernels.linear(input_, self.weight, segments=self.own_segments, out_dtype=torch.float32)
+        y = kernels.tree_all_reduce(part, self.tp_group).to(torch.bfloat16)
+        return regions.split_tokens(y, self.tp_group) if self.config.sequence_parallel else y, skipped
 
 
 class SwiGLU(MegatronModule):
@@ -159,17 +164,35 @@ class ScoringModel(GPTModel):
     """
 
     def forward(self, batch: PackedBatch, replay: Replay | None = None) -> torch.Tensor:
-        """fp32 [n]: for each of ``batch.rows`` the log-probability of ``batch.targets``, gradients on."""
-        hidden = kernels.embedding(batch.tokens, self.embedding.word_embeddings.weight).unsqueeze(1)
+        """fp32 [n]: for each of ``batch.rows`` the log-probability of ``batch.targets``, gradients on.
+
+        A stage that is not the last returns its hidden states, bf16 [T, 1, H].
+        """
+        hidden = self.embed(batch) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=PackedPositions.of(batch, replay)
-        ).squeeze(1)
-        head = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return kernels.selected_logprob(
-            hidden.index_select(0, batch.rows),
-            self.output_layer.weight if head is None else head,
-            batch.targets,
-            temperature=batch.temperature,
-            top_p=batch.top_p,
-            top_k=batch.top_k,
-        ).logprob
+        )
+        return self.score(hidden.squeeze(1), batch) if self.post_process else hidden
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """bf16 [T, 1, H]; under sequence parallelism this rank's part of the tokens."""
+        table, group = self.embedding.word_embeddings.weight, self.pg_collection.tp
+        hidden = regions.embedding(batch.tokens, table, self.vocab_size, group).unsqueeze(1)
+        return regions.split_tokens(hidden, group) if self.config.sequence_parallel else hidden
+
+    def score(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """fp32 [n] from the last layer's normalised output [T, H]. Raises NotImplementedError for top-p and top-k over
+        a vocabulary that ranks share."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = regions.gather_tokens(hidden, group)
+        head = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            head = self.shared_embedding_or_output_weight()
+        options: dict[str, Any] = {"top_p": batch.top_p, "top_k": batch.top_k}
+        if group.size() > 1:
+            if bool((batch.top_p != 1).any()) or bool((batch.top_k != 0).any()):
+                raise NotImplementedError("top_p and top_k under tensor parallelism are not supported; sample without")
+            options = {"group": group, "vocabulary": self.vocab_size}
+        hidden = hidden.index_select(0, batch.rows)
+        return kernels.selected_logprob(hidden, head, batch.targets, temperature=batch.temperature, **options).logprob

@@ -52,21 +52,24 @@ class RouterWeight(Weight):
 class SharedExperts(torch.nn.Module):
     """SwiGLU that every token passes: fc1 [2 F, H], fc2 [H, F]."""
 
-    def __init__(self, config: MoeTransformerConfig) -> None:
+    def __init__(self, config: MoeTransformerConfig, segments: int) -> None:
         super().__init__()
+        self.segments = segments  # of the down projection (contract R2)
         self.linear_fc1 = Weight(config, 2 * config.moe.shared_size, config.hidden_size)
         self.linear_fc2 = Weight(config, config.hidden_size, config.moe.shared_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """bf16 [T, H] -> the same shape."""
-        return kernels.linear(kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight)), self.linear_fc2.weight)
+        h = kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight))
+        return kernels.linear(h, self.linear_fc2.weight, segments=self.segments)
 
 
 class Experts(torch.nn.Module):
     """SwiGLU experts: fc1 [E, 2 F, H] (gate rows, then up rows), fc2 [E, H, F]."""
 
-    def __init__(self, config: MoeTransformerConfig) -> None:
+    def __init__(self, config: MoeTransformerConfig, segments: int) -> None:
         super().__init__()
+        self.segments = segments
         experts, ffn, hidden = config.moe.router.experts, config.moe.intermediate_size, config.hidden_size
         self.linear_fc1 = Weight(config, experts, 2 * ffn, hidden)
         self.linear_fc2 = Weight(config, experts, hidden, ffn)
@@ -74,13 +77,13 @@ class Experts(torch.nn.Module):
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """bf16 [R, H], rows grouped by expert at ``offsets`` [E + 1] -> the same shape."""
         h = kernels.silu_and_mul(kernels.grouped_linear(x, self.linear_fc1.weight, offsets))
-        return kernels.grouped_linear(h, self.linear_fc2.weight, offsets)
+        return kernels.grouped_linear(h, self.linear_fc2.weight, offsets, segments=self.segments)
 
 
 class MoE(MegatronModule):
     """Routes every token to its experts and adds their outputs in slot order (contract R8)."""
 
-    def __init__(self, config: MoeTransformerConfig, **_unused: Any) -> None:
+    def __init__(self, config: MoeTransformerConfig, segments: int = 1, **_unused: Any) -> None:
         super().__init__(config=config)
         if (config.tensor_model_parallel_size, config.expert_model_parallel_size) != (1, 1):
             raise NotImplementedError(
@@ -90,8 +93,8 @@ class MoE(MegatronModule):
         self.rules = config.moe.router
         self.groups = kernels.Groups(self.rules.groups, self.rules.keep_groups)
         self.router = RouterWeight(config)
-        self.experts = Experts(config)
-        self.shared_experts = SharedExperts(config) if config.moe.shared_size else None
+        self.experts = Experts(config, segments)
+        self.shared_experts = SharedExperts(config, segments) if config.moe.shared_size else None
         self.layer = -1
         self.replay: Replay | None = None
 

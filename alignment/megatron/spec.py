@@ -23,7 +23,9 @@ from zerokl.alignment.megatron.core import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_gpt_layer_local_spec,
+    parallel_state,
 )
+from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.modules import (
     ColumnLinear,
@@ -37,16 +39,39 @@ from zerokl.alignment.megatron.modules import (
 from zerokl.alignment.megatron.moe import MoE, MoELayer, MoeTransformerConfig
 
 
-def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bool = False) -> TransformerConfig:
-    """Megatron's configuration for a bf16 model on one rank."""
-    options: dict[str, Any] = {}
+def transformer_config(
+    model: ModelConfig, layout: Layout, *, stock: bool = False, recompute: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration for a bf16 model in one layout."""
+    options = _layout_options(layout)
     if recompute:
-        options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")  # about a default that nobody set
         if model.moe is not None:
             return MoeTransformerConfig(**_transformer_options(model, stock), **options, moe=model.moe)
         return TransformerConfig(**_transformer_options(model, stock), **options)
+
+
+def _layout_options(layout: Layout) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": layout.sequence_parallel,
+        # losses and gradients are summed as they are; Megatron would divide both by the numbers of ranks and batches
+        "calculate_per_token_loss": True,
+    }
+    if layout.pipeline > 1:
+        # micro-batches differ in tokens; Megatron asks for the dispatcher even where there are no experts
+        options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    if layout.virtual_pipeline > 1:
+        # Megatron's default exchange of virtual stages is silently wrong over gloo
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        options["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+    return options
 
 
 def _transformer_options(model: ModelConfig, stock: bool) -> dict[str, Any]:
@@ -85,17 +110,18 @@ def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
     return weight.fill_(float("nan"))
 
 
-def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
+def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
     """One decoder layer on `zerokl.kernels`, with a dense MLP or with experts."""
     head_norm = RMSNorm if model.qk_norm else None
+    row_linear = ModuleSpec(module=RowLinear, params={"segments": layout.segments})
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnLinear,
         core_attention=partial(CoreAttention, rotary_table=rotary_table),
-        linear_proj=RowLinear,
+        linear_proj=row_linear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    dense = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=RowLinear)
+    dense = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=row_linear)
     mlp = ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=dense)
     return ModuleSpec(
         module=MoELayer if sparse else TransformerLayer,
@@ -106,28 +132,51 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) 
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=MoE if sparse else mlp,
+            mlp=ModuleSpec(module=MoE, params={"segments": layout.segments}) if sparse else mlp,
             mlp_bda=residual_add,
         ),
     )
 
 
-def build_model(model: ModelConfig, *, recompute: bool = False) -> ScoringModel:
-    """A `ScoringModel` with unset (NaN) weights. Megatron's process groups must exist."""
+def build_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) -> list[ScoringModel]:
+    """This rank's chunks of the model (one without virtual stages), with unset (NaN) weights.
+
+    Megatron's process groups must exist in this layout. Raises LayoutError for a model that does not divide so.
+    """
+    layout.check(model)
     table = kernels.rotary_table(model.max_position_embeddings, model.head_dim, model.rope_theta)
-    layers = [layer_spec(model, table, sparse=model.moe_at(i) is not None) for i in range(model.num_hidden_layers)]
-    return ScoringModel(
-        config=transformer_config(model, recompute=recompute),
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
-        position_embedding_type="none",
-        **_gpt_arguments(model),
-    )
+    config = transformer_config(model, layout, recompute=recompute)
+    depth = model.num_hidden_layers // layout.stages
+    chunks = []
+    for virtual in range(layout.virtual_pipeline):
+        stage = virtual * layout.pipeline + parallel_state.get_pipeline_model_parallel_rank()
+        layers = [
+            layer_spec(model, layout, table, sparse=model.moe_at(index) is not None)
+            for index in range(stage * depth, (stage + 1) * depth)
+        ]
+        last = stage == layout.stages - 1
+        chunks.append(
+            ScoringModel(
+                config=config,
+                transformer_layer_spec=TransformerBlockSubmodules(
+                    layer_specs=layers, layer_norm=RMSNorm if last else None
+                ),
+                position_embedding_type="none",
+                pre_process=stage == 0,
+                post_process=last,
+                vp_stage=virtual if layout.virtual_pipeline > 1 else None,
+                **_gpt_arguments(model),
+            )
+        )
+    return chunks
 
 
-def build_stock_model(model: ModelConfig, *, recompute: bool = False) -> GPTModel:
+def build_stock_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) -> GPTModel:
     """Megatron's own local layers with its own arithmetic: the control measurement and speed baseline."""
+    if layout.shards_weights:
+        raise LayoutError("stock layers run on one rank only; use a layout of one rank")
     gpt = GPTModel(
-        config=transformer_config(model, stock=True, recompute=recompute),
+        config=transformer_config(model, layout, stock=True, recompute=recompute),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm),
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
