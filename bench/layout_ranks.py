@@ -44,6 +44,15 @@ _SIZES = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "tie_word_embeddings": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -87,7 +96,20 @@ def cases() -> list[Case]:
         ("DP 4", one, {"dealt": True}),
         ("DP 2, TP 2", Layout(tensor=2, segments=SEGMENTS), {"dealt": True}),
     ]
-    return [Case(model, name, layout, **options) for model in ("llama", "qwen3") for name, layout, options in dense]
+    sparse: list[tuple[str, Layout, dict[str, Any]]] = [
+        ("one rank", one, {}),
+        ("micro-batches of 8", one, {"batches": together}),
+        ("recompute", one, {"recompute": True}),
+        ("DP 4", one, {"dealt": True}),
+        ("EP 2", Layout(expert=2, segments=SEGMENTS), {}),
+        ("EP 4", Layout(expert=4, segments=SEGMENTS), {}),
+        ("EP 4, recompute", Layout(expert=4, segments=SEGMENTS), {"recompute": True}),
+        ("DP 4, EP 2", Layout(expert=2, segments=SEGMENTS), {"dealt": True}),
+        ("DP 4, EP 4", Layout(expert=4, segments=SEGMENTS), {"dealt": True}),
+    ]
+    rows = [(model, *row) for model in ("llama", "qwen3") for row in dense]
+    rows += [("qwen3_moe", *row) for row in sparse]
+    return [Case(model, name, layout, **options) for model, name, layout, options in rows]
 
 
 def make_model(folder: Path, raw: dict[str, Any]) -> Path:

@@ -213,7 +213,8 @@ class MegatronPolicy:
             raise FloatingPointError(
                 f"the gradient norm is {norm}; weights are unchanged. Lower the learning rate or drop the sample"
             )
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._settings().clip_grad, norm)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grad_by_total_norm_fp32(parameters, self._settings().clip_grad, norm)
         optimizer.step_with_ready_grads()
         return norm
 
@@ -274,9 +275,9 @@ class MegatronPolicy:
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
         """The live fp32 tensors: main parameters and both moments (made zero if no step has been taken)."""
-        moments = self._trained().optimizer.state
+        model, moments = self.model, self._trained().optimizer.state
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in model.named_parameters():
             main = parameter.main_param
             if not moments[main]:
                 moments[main] = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}

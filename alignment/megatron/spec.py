@@ -49,7 +49,9 @@ def transformer_config(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")  # about a default that nobody set
         if model.moe is not None:
-            return MoeTransformerConfig(**_transformer_options(model, stock), **options, moe=model.moe)
+            return MoeTransformerConfig(
+                **_transformer_options(model, stock), **options, moe=model.moe, segments=layout.segments
+            )
         return TransformerConfig(**_transformer_options(model, stock), **options)
 
 
@@ -58,8 +60,6 @@ def _layout_options(layout: Layout) -> dict[str, Any]:
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": 1,
         "sequence_parallel": layout.sequence_parallel,
         # losses and gradients are summed as they are; Megatron would divide both by the numbers of ranks and batches
         "calculate_per_token_loss": True,
@@ -132,7 +132,7 @@ def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoE, params={"segments": layout.segments}) if sparse else mlp,
+            mlp=MoE if sparse else mlp,
             mlp_bda=residual_add,
         ),
     )
