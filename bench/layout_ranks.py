@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -73,43 +74,39 @@ class Case:
     pad_to: int = 1
 
 
+ONE = Layout(segments=SEGMENTS)
+_TOGETHER, _ALONE = (tuple(range(8)),), tuple((i,) for i in range(8))
+
+
 def cases() -> list[Case]:
-    """Every layout, each model's first being the reference of its others."""
-    one = Layout(segments=SEGMENTS)
-    together = (tuple(range(8)),)
-    dense: list[tuple[str, Layout, dict[str, Any]]] = [
-        ("one rank", one, {}),
-        ("micro-batches of 8", one, {"batches": together}),
-        ("micro-batches of 1", one, {"batches": tuple((i,) for i in range(8))}),
-        ("recompute", one, {"recompute": True}),
-        ("padded to 64", one, {"pad_to": 64}),
-        ("PP 2", Layout(pipeline=2, segments=SEGMENTS), {}),
-        ("PP 4", Layout(pipeline=4, segments=SEGMENTS), {}),
-        ("PP 2, virtual 2", Layout(pipeline=2, virtual_pipeline=2, segments=SEGMENTS), {}),
-        ("PP 2, virtual 2, recompute", Layout(pipeline=2, virtual_pipeline=2, segments=SEGMENTS), {"recompute": True}),
-        ("PP 2, TP 2, seq. parallel", Layout(tensor=2, pipeline=2, segments=SEGMENTS, sequence_parallel=True), {}),
-        ("TP 2", Layout(tensor=2, segments=SEGMENTS), {}),
-        ("TP 4", Layout(tensor=4, segments=SEGMENTS), {}),
-        ("TP 4, recompute", Layout(tensor=4, segments=SEGMENTS), {"recompute": True}),
-        ("TP 2, sequence parallel", Layout(tensor=2, segments=SEGMENTS, sequence_parallel=True), {}),
-        ("TP 4, sequence parallel", Layout(tensor=4, segments=SEGMENTS, sequence_parallel=True), {}),
-        ("DP 4", one, {"dealt": True}),
-        ("DP 2, TP 2", Layout(tensor=2, segments=SEGMENTS), {"dealt": True}),
-    ]
-    sparse: list[tuple[str, Layout, dict[str, Any]]] = [
-        ("one rank", one, {}),
-        ("micro-batches of 8", one, {"batches": together}),
-        ("recompute", one, {"recompute": True}),
-        ("DP 4", one, {"dealt": True}),
-        ("EP 2", Layout(expert=2, segments=SEGMENTS), {}),
-        ("EP 4", Layout(expert=4, segments=SEGMENTS), {}),
-        ("EP 4, recompute", Layout(expert=4, segments=SEGMENTS), {"recompute": True}),
-        ("DP 4, EP 2", Layout(expert=2, segments=SEGMENTS), {"dealt": True}),
-        ("DP 4, EP 4", Layout(expert=4, segments=SEGMENTS), {"dealt": True}),
-    ]
-    rows = [(model, *row) for model in ("llama", "qwen3") for row in dense]
-    rows += [("qwen3_moe", *row) for row in sparse]
-    return [Case(model, name, layout, **options) for model, name, layout, options in rows]
+    """Every row, each model's first being the reference of its others; the same layouts next to each other."""
+    rows = [Case(model, "one rank", ONE) for model in MODELS]
+    rows += [Case(model, "micro-batches of 8", ONE, batches=_TOGETHER) for model in MODELS]
+    rows += [Case(model, "recompute", ONE, recompute=True) for model in MODELS]
+    rows += [Case(model, "DP 4", ONE, dealt=True) for model in MODELS]
+    rows += [Case("llama", "micro-batches of 1", ONE, batches=_ALONE), Case("llama", "padded to 64", ONE, pad_to=64)]
+    for model in ("llama", "qwen3"):
+        for ranks in (2, 4):
+            name, layout = f"TP {ranks}", Layout(tensor=ranks, segments=SEGMENTS)
+            rows.append(Case(model, name, layout))
+            rows.append(Case(model, f"{name}, sequence parallel", replace(layout, sequence_parallel=True)))
+    four, pair = Layout(tensor=4, segments=SEGMENTS), Layout(tensor=2, segments=SEGMENTS)
+    rows.append(Case("llama", "TP 4, recompute", replace(four, sequence_parallel=True), recompute=True))
+    rows.append(Case("qwen3", "DP 2, TP 2", pair, dealt=True))
+    stages = Layout(pipeline=2, segments=SEGMENTS)
+    rows += [Case(model, "PP 2", stages) for model in ("llama", "qwen3")]
+    rows.append(Case("llama", "PP 4", replace(stages, pipeline=4)))
+    virtual = replace(stages, virtual_pipeline=2)
+    rows += [Case(model, "PP 2, virtual 2", virtual) for model in ("llama", "qwen3")]
+    rows.append(Case("llama", "PP 2, virtual 2, recompute", virtual, recompute=True))
+    both = replace(stages, tensor=2, sequence_parallel=True)
+    rows.append(Case("qwen3", "PP 2, TP 2, sequence parallel", both))
+    for ranks in (2, 4):
+        layout = Layout(expert=ranks, segments=SEGMENTS)
+        rows.append(Case("qwen3_moe", f"EP {ranks}", layout))
+        rows.append(Case("qwen3_moe", f"DP 4, EP {ranks}", layout, dealt=True))
+    rows.append(Case("qwen3_moe", "EP 4, recompute", layout, recompute=True))
+    return rows
 
 
 def make_model(folder: Path, raw: dict[str, Any]) -> Path:
@@ -212,13 +209,18 @@ def main(device: str, folder: Path, ranks: int, only: str, rank: int) -> None:
     folders = {name: make_model(folder / f"{name}-{rank}", raw) for name, raw in MODELS.items()}
     references: dict[str, Outcome] = {}
     rows = []
+    groups: Layout | None = None
     for case in cases():
         if case.model in references and only not in case.name:
             continue
+        wanted = replace(case.layout, sequence_parallel=False)
+        if groups not in (None, wanted):
+            distributed.release()
+        groups, began = wanted, time.perf_counter()
         outcome = train(folders[case.model], case, device)
         reference = references.setdefault(case.model, outcome)
-        rows.append({"model": case.model, "layout": case.name, **compare(outcome, reference, every)})
-        distributed.release()
+        row = {"model": case.model, "layout": case.name, **compare(outcome, reference, every)}
+        rows.append(row | {"seconds": time.perf_counter() - began})
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
