@@ -101,6 +101,10 @@ def cases() -> list[Case]:
     rows.append(Case("llama", "PP 2, virtual 2, recompute", virtual, recompute=True))
     both = replace(stages, tensor=2, sequence_parallel=True)
     rows.append(Case("qwen3", "PP 2, TP 2, sequence parallel", both))
+    positions = Layout(context=2, segments=SEGMENTS)
+    rows += [Case(model, "CP 2", positions) for model in ("llama", "qwen3")]
+    rows.append(Case("llama", "CP 2, recompute", positions, recompute=True))
+    rows.append(Case("qwen3", "CP 2, TP 2, sequence parallel", replace(positions, tensor=2, sequence_parallel=True)))
     for ranks in (2, 4):
         layout = Layout(expert=ranks, segments=SEGMENTS)
         rows.append(Case("qwen3_moe", f"EP {ranks}", layout))

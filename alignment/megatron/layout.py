@@ -40,7 +40,6 @@ class Layout:
         self._require(
             self.virtual_pipeline == 1 or self.pipeline > 1, "virtual_pipeline needs pipeline stages; set pipeline"
         )
-        self._require(self.context == 1, f"context={self.context}; supported: 1")
 
     @property
     def ranks(self) -> int:
@@ -55,12 +54,12 @@ class Layout:
     @property
     def token_multiple(self) -> int:
         """What a micro-batch's number of tokens must be a multiple of; it is padded to that."""
-        return self.tensor if self.sequence_parallel else 1
+        return self.context * (self.tensor if self.sequence_parallel else 1)
 
     @property
     def shards_weights(self) -> bool:
         """Whether a rank holds only a part of the model."""
-        return self.ranks * self.expert > 1
+        return self.tensor * self.pipeline * self.expert > 1
 
     def check(self, model: ModelConfig) -> None:
         """Raise LayoutError naming what of the model does not divide, or what is not supported for it."""
@@ -71,7 +70,11 @@ class Layout:
                 f"{name} {width} does not divide into segments={self.segments} of whole pairs",
             )
         heads = model.num_key_value_heads
-        self._require(heads % self.tensor == 0, f"{heads} key-value heads do not divide over tensor={self.tensor}")
+        split = self.tensor * self.context  # context parallelism splits heads inside attention
+        self._require(
+            heads % split == 0,
+            f"{heads} key-value heads do not divide over tensor={self.tensor} times context={self.context}",
+        )
         self._require(
             self.tensor == 1 or model.vocab_size % 8 == 0,
             f"a vocabulary of {model.vocab_size} over tensor={self.tensor}; supported: multiples of 8",
@@ -82,7 +85,9 @@ class Layout:
             self._require(self.expert == 1, f"expert={self.expert}, but {model.architecture} is dense")
             return
         self._require(
-            self.ranks == 1, f"{model.architecture} in tensor={self.tensor}, pipeline={self.pipeline}; supported: 1, 1"
+            self.ranks == 1,
+            f"{model.architecture} in tensor={self.tensor}, pipeline={self.pipeline}, context={self.context}; "
+            "supported: 1, 1, 1",
         )
         experts, width = model.moe.router.experts, model.moe.intermediate_size
         self._require(experts % self.expert == 0, f"{experts} experts do not divide over expert={self.expert}")

@@ -22,6 +22,7 @@ from zerokl.alignment.megatron.core import (
     PackedSeqParams,
     RowParallelLinear,
     TransformerConfig,
+    parallel_state,
 )
 from zerokl.alignment.routing_replay import Replay
 from zerokl.alignment.types import PackedBatch
@@ -29,8 +30,8 @@ from zerokl.alignment.types import PackedBatch
 
 @dataclass
 class PackedPositions(PackedSeqParams):
-    """Megatron's packed-sequence description, with each token's position in its own sequence (int64 [T]) and the
-    experts to replay, if any: what reaches every layer with the micro-batch."""
+    """Megatron's packed-sequence description, with the position of each of this rank's tokens in its own sequence
+    (int64 [T / context]) and the experts to replay, if any: what reaches every layer with the micro-batch."""
 
     positions: torch.Tensor = None  # type: ignore[assignment]  # as Megatron declares its own fields
     replay: Replay | None = None
@@ -38,9 +39,8 @@ class PackedPositions(PackedSeqParams):
     @staticmethod
     def of(batch: PackedBatch, replay: Replay | None) -> PackedPositions:
         cu = batch.cu_seqlens
-        return PackedPositions(
-            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, positions=batch.positions, replay=replay
-        )
+        positions = regions.own_part(batch.positions, parallel_state.get_context_parallel_group())
+        return PackedPositions(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, positions=positions, replay=replay)
 
 
 class RMSNorm(torch.nn.Module):
@@ -108,6 +108,9 @@ class SwiGLU(MegatronModule):
 class CoreAttention(MegatronModule):
     """Rotary embedding and causal attention over packed sequences.
 
+    Under context parallelism a rank holds consecutive tokens outside and some heads of all tokens inside: a head's
+    arithmetic does not know of the other heads, so R5 holds as on one rank, absolute positions and segments included.
+
     The rotation lives here, not in GPTModel, because Megatron rounds cosines and sines to bf16 first.
     """
 
@@ -128,14 +131,19 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """query [T, H, D], key and value [T, Hk, D] -> [T, H * D]. Raises TypeError without `PackedPositions`."""
+        """query [t, H, D], key and value [t, Hk, D] of this rank's tokens -> [t, H * D].
+
+        Raises TypeError without `PackedPositions`.
+        """
         if not isinstance(packed_seq_params, PackedPositions) or attention_mask is not None:
             raise TypeError("attention takes packed sequences only: pass packed_seq_params=PackedPositions, no mask")
         query, key = kernels.rotary(
             query.contiguous(), key.contiguous(), packed_seq_params.positions, self.rotary_table
         )
+        group = parallel_state.get_context_parallel_group()
+        query, key, value = (regions.tokens_for_heads(x, group) for x in (query, key, value))
         out = kernels.attention_varlen(query, key, value.contiguous(), packed_seq_params.cu_seqlens_q, scale=self.scale)
-        return out.flatten(1)
+        return regions.heads_for_tokens(out, group).flatten(1)
 
 
 def residual_add(_training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
@@ -175,13 +183,14 @@ class ScoringModel(GPTModel):
         return self.score(hidden.squeeze(1), batch) if self.post_process else hidden
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
-        """bf16 [T, 1, H]; under sequence parallelism this rank's part of the tokens."""
+        """bf16 [t, 1, H] of this rank's tokens, split for context and then for sequence parallelism."""
         table, group = self.embedding.word_embeddings.weight, self.pg_collection.tp
-        hidden = regions.embedding(batch.tokens, table, self.vocab_size, group).unsqueeze(1)
+        tokens = regions.own_part(batch.tokens, self.pg_collection.cp)
+        hidden = regions.embedding(tokens, table, self.vocab_size, group).unsqueeze(1)
         return regions.split_tokens(hidden, group) if self.config.sequence_parallel else hidden
 
     def score(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """fp32 [n] from the last layer's normalised output [T, H]. Raises NotImplementedError for top-p and top-k over
+        """fp32 [n] from the last layer's normalised output [t, H]. Raises NotImplementedError for top-p and top-k over
         a vocabulary that ranks share."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -194,5 +203,15 @@ class ScoringModel(GPTModel):
             if bool((batch.top_p != 1).any()) or bool((batch.top_k != 0).any()):
                 raise NotImplementedError("top_p and top_k under tensor parallelism are not supported; sample without")
             options = {"group": group, "vocabulary": self.vocab_size}
-        hidden = hidden.index_select(0, batch.rows)
-        return kernels.selected_logprob(hidden, head, batch.targets, temperature=batch.temperature, **options).logprob
+        context = self.pg_collection.cp
+        if context.size() == 1:
+            rows = hidden.index_select(0, batch.rows)
+            return kernels.selected_logprob(rows, head, batch.targets, temperature=batch.temperature, **options).logprob
+        first = context.rank() * len(hidden)
+        mine = ((batch.rows >= first) & (batch.rows < first + len(hidden))).nonzero()[:, 0]
+        rows = hidden.index_select(0, batch.rows[mine] - first)
+        if group.size() == 1:
+            options = {"top_p": batch.top_p[mine], "top_k": batch.top_k[mine]}
+        temperature = batch.temperature[mine]
+        own = kernels.selected_logprob(rows, head, batch.targets[mine], temperature=temperature, **options).logprob
+        return regions.merge_disjoint(own.new_zeros(len(batch.rows)).index_copy(0, mine, own), context)

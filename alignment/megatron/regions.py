@@ -78,6 +78,42 @@ class _Merge(torch.autograd.Function):
         return dy, None
 
 
+class _TokensForHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _tokens_for_heads(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _heads_for_tokens(dy, ctx.group), None
+
+
+class _HeadsForTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _heads_for_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _tokens_for_heads(dy, ctx.group), None
+
+
+def _tokens_for_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    sent = x.detach().unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()  # [rank, t, heads of the rank, D]
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.flatten(0, 1)
+
+
+def _heads_for_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    sent = x.detach().unflatten(0, (group.size(), -1)).contiguous()  # [rank, tokens of the rank, h, D]
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.transpose(0, 1).flatten(1, 2).contiguous()
+
+
 def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """x itself, used in another part by every rank: its gradient is the tree sum of theirs."""
     return x if group.size() == 1 else _SumGradients.apply(x, group)
@@ -91,6 +127,16 @@ def gather_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def split_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """All tokens, the same on each rank -> this rank's. The gradients are gathered."""
     return x if group.size() == 1 else _Split.apply(x, group)
+
+
+def tokens_for_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[own tokens, all heads, D] -> [all tokens, own heads, D] (Jacobs et al., "DeepSpeed Ulysses", 2023)."""
+    return x if group.size() == 1 else _TokensForHeads.apply(x, group)
+
+
+def heads_for_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The reverse: [all tokens, own heads, D] -> [own tokens, all heads, D]."""
+    return x if group.size() == 1 else _HeadsForTokens.apply(x, group)
 
 
 def merge_disjoint(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -30,7 +30,9 @@ def test_every_layout_has_the_bits_of_one_rank(rows):
 
 # how the gradients' order of addition differs from one rank's, and by how much (relative, in a weight's norm)
 EQUAL = ["recompute", "padded to 64", "micro-batches of 1", "micro-batches of 8", "PP"]
-SUMS_OF_WEIGHT_GRADIENTS = 3e-6  # fp32 chains over tokens are cut between ranks (DP, EP, CP), or tied weights' mixed
+# tied weights add two gradients a micro-batch, an expert's tokens are not cut between pairs
+CUT = {("qwen3_moe", "micro-batches of 8"), *(("qwen3", x) for x in ("micro-batches of 8", "PP 2", "PP 2, virtual 2"))}
+SUMS_OF_WEIGHT_GRADIENTS = 3e-6  # fp32 chains over tokens are cut between ranks (DP, EP, CP),
 ROUNDED_PARTS = 3e-2  # TP: parts of activations' gradients are rounded to bf16 before they are added
 
 
@@ -38,7 +40,7 @@ def test_gradients_are_equal_or_within_their_bound(rows):
     for (model, layout), row in rows.items():
         if "TP" in layout:
             assert row["gradient"] < ROUNDED_PARTS, (model, layout)
-        elif model == "qwen3" or any(word in layout for word in ("DP", "EP", "CP")):
+        elif (model, layout) in CUT or any(word in layout for word in ("DP", "EP", "CP")):
             assert row["gradient"] < SUMS_OF_WEIGHT_GRADIENTS, (model, layout)
         else:
             assert any(word in layout for word in [*EQUAL, "one rank"])
@@ -57,7 +59,7 @@ def test_the_comparison_can_fail(tiny_models, make_pairs, pack):
     one = MegatronPolicy(tiny_models["qwen3"]).logprobs(batch)
     four = MegatronPolicy(tiny_models["qwen3"], layout=Layout(segments=4)).logprobs(batch)
     assert not torch.equal(one, four)
-    assert (one - four).abs().max() < 0.05
+    assert (one - four).abs().max() < 0.1
 
 
 def test_padding_changes_no_bit(tiny_models, make_pairs, pack):
@@ -94,7 +96,11 @@ def test_impossible_layouts(options, message):
         ("llama", {"pipeline": 4}, "2 layers do not divide into 4 stages"),
         ("llama", {"expert": 2}, "expert=2, but LlamaForCausalLM is dense"),
         ("qwen3-moe", {"expert": 3}, "8 experts do not divide over expert=3"),
-        ("qwen3-moe", {"tensor": 2, "segments": 2}, "Qwen3MoeForCausalLM in tensor=2, pipeline=1, context=1; supported"),
+        (
+            "qwen3-moe",
+            {"tensor": 2, "segments": 2},
+            "Qwen3MoeForCausalLM in tensor=2, pipeline=1, context=1; supported",
+        ),
     ],
 )
 def test_models_that_do_not_divide(tiny_models, name, options, message):
@@ -103,7 +109,7 @@ def test_models_that_do_not_divide(tiny_models, name, options, message):
 
 
 def test_what_needs_more_ranks_or_the_whole_model(tiny_models, tmp_path):
-    with pytest.raises(RuntimeError, match="1 ranks do not divide into .*tensor=2"):
+    with pytest.raises(RuntimeError, match=r"1 ranks do not divide into .*tensor=2"):
         MegatronPolicy(tiny_models["llama"], layout=Layout(tensor=2, segments=2))
     policy = MegatronPolicy(tiny_models["llama"], optimizer=OptimizerSettings())
     policy.layout = Layout(tensor=2, segments=2)
