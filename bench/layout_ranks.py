@@ -29,7 +29,7 @@ from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingPar
 SEGMENTS = 4
 # Prompts and answers. Tokens fed (one less than both) and scored are even in number: so cuts between micro-batches are
 # cuts between pairs, and gradients keep their bits (contract R9).
-LENGTHS = [(5, 8), (3, 4), (39, 22), (9, 2), (17, 12), (3, 30), (9, 10), (31, 6)]
+LENGTHS = [(5, 8), (3, 4), (39, 62), (9, 2), (17, 32), (3, 90), (9, 10), (31, 36)]
 VOCABULARY = 320
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -62,7 +62,8 @@ class Case:
     """One row: how the model is laid out, and how the sequences are dealt.
 
     ``batches``: sequences of each micro-batch; ``dealt``: data-parallel ranks share the micro-batches, otherwise each
-    runs all of them with a loss scaled down by their number, an exact power of two.
+    runs all of them with a loss scaled down by their number, an exact power of two. ``control``: another order of
+    addition, whose bits must differ, or the comparison shows nothing.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Case:
     dealt: bool = False
     recompute: bool = False
     pad_to: int = 1
+    control: bool = False
 
 
 ONE = Layout(segments=SEGMENTS)
@@ -84,6 +86,7 @@ def cases() -> list[Case]:
     rows += [Case(model, "micro-batches of 8", ONE, batches=_TOGETHER) for model in MODELS]
     rows += [Case(model, "recompute", ONE, recompute=True) for model in MODELS]
     rows += [Case(model, "DP 4", ONE, dealt=True) for model in MODELS]
+    rows += [Case(model, "one segment: must differ", Layout(), control=True) for model in MODELS]
     rows += [Case("llama", "micro-batches of 1", ONE, batches=_ALONE), Case("llama", "padded to 64", ONE, pad_to=64)]
     for model in ("llama", "qwen3"):
         for ranks in (2, 4):
@@ -217,14 +220,14 @@ def main(device: str, folder: Path, ranks: int, only: str, rank: int) -> None:
     for case in cases():
         if case.model in references and only not in case.name:
             continue
-        wanted = replace(case.layout, sequence_parallel=False)
+        wanted = replace(case.layout, sequence_parallel=False, segments=case.layout.tensor)
         if groups not in (None, wanted):
             distributed.release()
         groups, began = wanted, time.perf_counter()
         outcome = train(folders[case.model], case, device)
         reference = references.setdefault(case.model, outcome)
         row = {"model": case.model, "layout": case.name, **compare(outcome, reference, every)}
-        rows.append(row | {"seconds": time.perf_counter() - began})
+        rows.append(row | {"control": case.control, "seconds": time.perf_counter() - began})
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()

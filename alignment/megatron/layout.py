@@ -63,7 +63,12 @@ class Layout:
 
     def check(self, model: ModelConfig) -> None:
         """Raise LayoutError naming what of the model does not divide, or what is not supported for it."""
-        depth = {"intermediate_size": model.intermediate_size, "attention's output": _attention_width(model)}
+        heads, head = model.num_attention_heads, model.head_dim
+        depth = {
+            "intermediate_size": model.intermediate_size,
+            "attention's output": heads * head,
+            "attention's input projection": (heads + 2 * model.num_key_value_heads) * head,
+        }
         for name, width in depth.items():
             self._require(
                 self.segments == 1 or width % (2 * self.segments) == 0,
@@ -99,7 +104,3 @@ class Layout:
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
             raise LayoutError(f"layout: {message}")
-
-
-def _attention_width(model: ModelConfig) -> int:
-    return model.num_attention_heads * model.head_dim

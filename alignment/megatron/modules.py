@@ -59,19 +59,28 @@ class RMSNorm(torch.nn.Module):
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """`ColumnParallelLinear` whose product is `kernels.linear`: every rank computes its own columns."""
+    """`ColumnParallelLinear` by `kernels.linear`: every rank computes its own columns. The input's gradient adds up in
+    ``segments`` chains by R2's tree, whatever the number of ranks."""
+
+    def __init__(self, *args: Any, segments: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.segments = segments
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.gather_output or runtime_gather_output:
-            raise NotImplementedError("ColumnLinear: gather_output is not supported; columns stay with their ranks")
+        if self.gather_output or runtime_gather_output or weight is not None:
+            raise NotImplementedError("ColumnLinear: gather_output and a weight of the call are not supported")
+        if self.segments == 1:
+            bias = None if self.skip_bias_add else self.bias
+            return kernels.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+        if self.bias is not None:
+            raise NotImplementedError("ColumnLinear: a bias with segments above 1 is not supported")
         if self.config.sequence_parallel:
             input_ = regions.gather_tokens(input_, self.tp_group)
-        input_ = regions.sum_gradients(input_, self.tp_group)
-        bias = None if self.skip_bias_add else self.bias
-        y = kernels.linear(input_, self.weight if weight is None else weight, bias)
-        return y, self.bias if self.skip_bias_add else None
+        blocks = self.weight.partition_stride  # 2: gate rows and up rows
+        y = kernels.column_linear(input_, self.weight, segments=self.segments, blocks=blocks, group=self.tp_group)
+        return y, None
 
 
 class RowLinear(RowParallelLinear):

@@ -1,6 +1,5 @@
-"""Where tensors change between replicated and split over a group: the four operators of tensor parallelism and its
-sequence-parallel form (Shoeybi et al., "Megatron-LM", 2019, f and g; Korthikanti et al., "Reducing Activation
-Recomputation in Large Transformer Models", 2022), with sums in the fixed order of contract R2.
+"""Where tensors change between replicated and split over a group, sums in the fixed order of contract R2 (Korthikanti
+et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, for tokens).
 
 Megatron's own ones leave the order of addition to the communication library.
 """
@@ -30,17 +29,6 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """This rank's equal part of x along the first dimension."""
     return x.chunk(group.size())[group.rank()]
-
-
-class _SumGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return tree_sum(dy, ctx.group), None
 
 
 class _Gather(torch.autograd.Function):
@@ -112,11 +100,6 @@ def _heads_for_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return received.transpose(0, 1).flatten(1, 2).contiguous()
-
-
-def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """x itself, used in another part by every rank: its gradient is the tree sum of theirs."""
-    return x if group.size() == 1 else _SumGradients.apply(x, group)
 
 
 def gather_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

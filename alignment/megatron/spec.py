@@ -113,15 +113,16 @@ def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
 def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
     """One decoder layer on `zerokl.kernels`, with a dense MLP or with experts."""
     head_norm = RMSNorm if model.qk_norm else None
+    column_linear = ModuleSpec(module=ColumnLinear, params={"segments": layout.segments})
     row_linear = ModuleSpec(module=RowLinear, params={"segments": layout.segments})
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnLinear,
+        linear_qkv=column_linear,
         core_attention=partial(CoreAttention, rotary_table=rotary_table),
         linear_proj=row_linear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    dense = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=row_linear)
+    dense = MLPSubmodules(linear_fc1=column_linear, activation_func=SwiGLU, linear_fc2=row_linear)
     mlp = ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=dense)
     return ModuleSpec(
         module=MoELayer if sparse else TransformerLayer,
