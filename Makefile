@@ -9,7 +9,7 @@ EXTENSION := kernels/_C.so
 OPINIONS := $(VENV)/second-opinion/.installed
 MODEL := models/smollm2-135m/config.json
 
-.PHONY: install demo test lint sanitize bench gpu-regression clean
+.PHONY: install demo test lint sanitize verify-matrix bench gpu-regression clean
 install: $(EXTENSION) $(MODEL)
 
 $(BIN)/python:
@@ -55,6 +55,10 @@ sanitize: install
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels --ignore=tests/kernels/triton -k "$(SANITIZED_TESTS)"
 SANITIZED_TESTS := linear or embedding or norm or rotary or silu or varlen-avx512 or logprob or sample or neighbours or test_moe or quantize
+
+# every parallel layout of Megatron scores the same tokens: one table, 0 mismatched in each row
+verify-matrix: install
+	$(BIN)/python -m zerokl.bench.layouts
 
 bench: install
 	$(BIN)/python -m pytest -q bench/kernels

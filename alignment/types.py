@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from zerokl.alignment import routing_replay
+
+LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
+"""``loss_fn(logprobs fp32 [n] of a micro-batch, its index)``: a scalar to minimise, summed over micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,28 @@ class PackedBatch:
             sequence=torch.tensor(owner, dtype=torch.int64),
             routed_experts=routing_replay.slab([g.routed_experts for g in generations], np.diff(cu).tolist()),
         )
+
+    def padded(self, multiple: int) -> PackedBatch:
+        """The batch with tokens up to a multiple of ``multiple``, as sequences of one token that nothing scores.
+
+        Other rows' bits and gradients do not change (contract R0); padding adds zeros to weights' gradients.
+        """
+        missing = -len(self.tokens) % multiple
+        if missing == 0:
+            return self
+        zeros, last = self.tokens.new_zeros(missing), self.cu_seqlens[-1]
+        records = self.routed_experts
+        if records is not None:  # any experts will do
+            records = torch.cat([records, records[-1:].expand(missing, -1, -1)])
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, zeros]),
+            positions=torch.cat([self.positions, zeros]),
+            cu_seqlens=torch.cat([self.cu_seqlens, last + torch.arange(1, missing + 1, dtype=torch.int32)]),
+            routed_experts=records,
+        )
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch on a device."""
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **tensors)

@@ -4,6 +4,7 @@ from .ops.accelerators import accelerate, accelerators
 from .ops.activation import silu_and_mul
 from .ops.attention import attention_paged, attention_varlen
 from .ops.collective import tree_all_reduce
+from .ops.column_linear import column_linear
 from .ops.linear import embedding, linear
 from .ops.logprob import SelectedLogprob, logprob_from_logits, selected_logprob, vocabulary_share
 from .ops.moe import Groups, Permutation, Routing, grouped_linear, moe_combine, moe_permute, router_topk
@@ -41,6 +42,7 @@ __all__ = [
     "accelerators",
     "attention_paged",
     "attention_varlen",
+    "column_linear",
     "dequantize_fp8_block",
     "dequantize_int4_group",
     "dequantize_mxfp8",

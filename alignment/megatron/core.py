@@ -25,13 +25,13 @@ with warnings.catch_warnings():
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
-        finalize_model_grads,
     )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -77,7 +77,7 @@ __all__ = [
     "__version__",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
-    "finalize_model_grads",
+    "get_forward_backward_func",
     "get_gpt_decoder_block_spec",
     "get_megatron_optimizer",
     "model_parallel_cuda_manual_seed",

@@ -1,32 +1,100 @@
-"""The process group and Megatron's parallel state: one rank, reached over nothing."""
+"""The process group, Megatron's parallel state, and the sum of gradients over ranks in a fixed order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zerokl.alignment.megatron.core import model_parallel_cuda_manual_seed, parallel_state
+from zerokl.alignment.megatron.layout import Layout
+from zerokl.alignment.megatron.regions import tree_sum
 
 _TIMEOUT = timedelta(seconds=120)
 
 
-def initialise() -> None:
-    """Bring up torch.distributed and Megatron's groups for one rank; does nothing if they are up.
+def initialise(layout: Layout) -> None:
+    """Bring up Megatron's groups for ``layout``, and torch.distributed for one rank if it does not run yet.
 
-    An in-process store serves the rendezvous: no port is opened. Raises RuntimeError if torch.distributed already runs
-    with more than one rank.
+    More ranks are the caller's to start (torchrun, or `init_process_group`). An in-process store serves a single rank's
+    rendezvous: no port is opened. Raises RuntimeError if the ranks do not divide into the layout, or if Megatron's
+    groups are up in another one (see `release`).
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
-    if dist.get_world_size() != 1:
-        raise RuntimeError(
-            f"the Megatron binding runs on one rank, but torch.distributed has {dist.get_world_size()}; "
-            "start a single process"
-        )
+    world = dist.get_world_size()
+    if world % layout.ranks or world // layout.ranks % layout.expert:
+        raise RuntimeError(f"{world} ranks do not divide into {layout}: start as many as it needs")
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=None if layout.virtual_pipeline == 1 else layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+        )
         # activation recomputation saves and restores these random states, although nothing here draws from them
         model_parallel_cuda_manual_seed(1)
+    running = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    if running != (layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.context, layout.expert):
+        raise RuntimeError(
+            f"Megatron's groups are up as tensor, pipeline, virtual, context, expert = {running}, not {layout}; "
+            "call distributed.release() first"
+        )
+
+
+def release() -> None:
+    """Forget Megatron's groups, so that the next policy may take another layout."""
+    parallel_state.destroy_model_parallel()
+
+
+def reduce_gradients(ddps: Sequence[Any]) -> None:
+    """Sum main gradients over the ranks that computed parts of them, each sum as R2's tree, equal bits on all ranks.
+
+    In this order: data-parallel ranks; tensor-parallel ranks, for replicated weights that saw a part of the tokens or
+    heads; first and last stage, for tied embeddings. Megatron leaves the order to the communication library.
+    """
+    for ddp in ddps:
+        for buffer in ddp.buffers + ddp.expert_parallel_buffers:
+            _sum_into(buffer.grad_data, buffer.data_parallel_group)
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    for ddp in ddps:
+        for name, parameter in ddp.module.named_parameters():
+            per_head = "q_layernorm" in name or "k_layernorm" in name
+            per_token = ddp.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            if per_head or per_token:
+                _sum_into(parameter.main_grad, tensor)
+    for ddp in ddps:
+        for parameter in ddp.parameters():
+            if getattr(parameter, "shared_embedding", False):
+                _sum_into(parameter.main_grad, parallel_state.get_embedding_group())
+
+
+def from_last_stage(value: float) -> float:
+    """The value that the pipeline's last stage computed, on every stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    group, last = (
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+    )
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    box = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(box, last, group=group)
+    return float(box)
+
+
+def _sum_into(gradient: torch.Tensor, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        gradient.copy_(tree_sum(gradient, group))

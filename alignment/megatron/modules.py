@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zerokl import kernels
+from zerokl.alignment.megatron import regions
 from zerokl.alignment.megatron.core import (
     ColumnParallelLinear,
     GPTModel,
@@ -21,6 +22,7 @@ from zerokl.alignment.megatron.core import (
     PackedSeqParams,
     RowParallelLinear,
     TransformerConfig,
+    parallel_state,
 )
 from zerokl.alignment.routing_replay import Replay
 from zerokl.alignment.types import PackedBatch
@@ -28,8 +30,8 @@ from zerokl.alignment.types import PackedBatch
 
 @dataclass
 class PackedPositions(PackedSeqParams):
-    """Megatron's packed-sequence description, with each token's position in its own sequence (int64 [T]) and the
-    experts to replay, if any: what reaches every layer with the micro-batch."""
+    """Megatron's packed-sequence description, with the position of each of this rank's tokens in its own sequence
+    (int64 [T / context]) and the experts to replay, if any: what reaches every layer with the micro-batch."""
 
     positions: torch.Tensor = None  # type: ignore[assignment]  # as Megatron declares its own fields
     replay: Replay | None = None
@@ -37,9 +39,8 @@ class PackedPositions(PackedSeqParams):
     @staticmethod
     def of(batch: PackedBatch, replay: Replay | None) -> PackedPositions:
         cu = batch.cu_seqlens
-        return PackedPositions(
-            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, positions=batch.positions, replay=replay
-        )
+        positions = regions.own_part(batch.positions, parallel_state.get_context_parallel_group())
+        return PackedPositions(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, positions=positions, replay=replay)
 
 
 class RMSNorm(torch.nn.Module):
@@ -58,39 +59,52 @@ class RMSNorm(torch.nn.Module):
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """`ColumnParallelLinear` whose product is `kernels.linear`."""
+    """`ColumnParallelLinear` by `kernels.linear`: every rank computes its own columns. The input's gradient adds up in
+    ``segments`` chains by R2's tree, whatever the number of ranks."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, segments: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _require_one_rank(self)
+        self.segments = segments
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        del runtime_gather_output  # one rank holds every column
-        bias = None if self.skip_bias_add else self.bias
-        y = kernels.linear(input_, self.weight if weight is None else weight, bias)
-        return y, self.bias if self.skip_bias_add else None
+        if self.gather_output or runtime_gather_output or weight is not None:
+            raise NotImplementedError("ColumnLinear: gather_output and a weight of the call are not supported")
+        if self.segments == 1:
+            bias = None if self.skip_bias_add else self.bias
+            return kernels.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
+        if self.bias is not None:
+            raise NotImplementedError("ColumnLinear: a bias with segments above 1 is not supported")
+        if self.config.sequence_parallel:
+            input_ = regions.gather_tokens(input_, self.tp_group)
+        blocks = self.weight.partition_stride  # 2: gate rows and up rows
+        y = kernels.column_linear(input_, self.weight, segments=self.segments, blocks=blocks, group=self.tp_group)
+        return y, None
 
 
 class RowLinear(RowParallelLinear):
-    """`RowParallelLinear` whose product is `kernels.linear`."""
+    """`RowParallelLinear` whose product is `kernels.linear` in ``segments`` chains, added over ranks by R2's tree."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, segments: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _require_one_rank(self)
+        if segments % self.tp_group.size():
+            raise NotImplementedError(
+                f"RowLinear: tensor parallel size {self.tp_group.size()} does not divide segments={segments} "
+                "(contract R2); raise Layout.segments"
+            )
+        self.own_segments = segments // self.tp_group.size()
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         bias = None if self.skip_bias_add else self.bias
-        return kernels.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
-
-
-def _require_one_rank(linear: ColumnParallelLinear | RowParallelLinear) -> None:
-    if linear.tp_group.size() > 1:
-        raise NotImplementedError(
-            f"{type(linear).__name__}: tensor parallel size {linear.tp_group.size()} is not supported, because the "
-            "fp32 segment tree across ranks (contract R2) is not implemented; set tensor_model_parallel_size=1"
-        )
+        skipped = self.bias if self.skip_bias_add else None
+        if self.tp_group.size() == 1:
+            return kernels.linear(input_, self.weight, bias, segments=self.own_segments), skipped
+        if bias is not None:
+            raise NotImplementedError("RowLinear: a bias under tensor parallelism is not supported")
+        part = kernels.linear(input_, self.weight, segments=self.own_segments, out_dtype=torch.float32)
+        y = kernels.tree_all_reduce(part, self.tp_group).to(torch.bfloat16)
+        return regions.split_tokens(y, self.tp_group) if self.config.sequence_parallel else y, skipped
 
 
 class SwiGLU(MegatronModule):
@@ -102,6 +116,9 @@ class SwiGLU(MegatronModule):
 
 class CoreAttention(MegatronModule):
     """Rotary embedding and causal attention over packed sequences.
+
+    Under context parallelism a rank holds consecutive tokens outside and some heads of all tokens inside: a head's
+    arithmetic does not know of the other heads, so R5 holds as on one rank, absolute positions and segments included.
 
     The rotation lives here, not in GPTModel, because Megatron rounds cosines and sines to bf16 first.
     """
@@ -123,7 +140,10 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """query [T, H, D], key and value [T, Hk, D] -> [T, H * D]. Raises TypeError without `PackedPositions`."""
+        """query [t, H, D], key and value [t, Hk, D] of this rank's tokens -> [t, H * D].
+
+        Raises TypeError without `PackedPositions`.
+        """
         if not isinstance(packed_seq_params, PackedPositions) or attention_mask is not None:
             raise TypeError("attention takes packed sequences only: pass packed_seq_params=PackedPositions, no mask")
         query, key = kernels.rotary(
@@ -133,8 +153,10 @@ class CoreAttention(MegatronModule):
             self.rotary_table,
             interleaved=self.config.rotary_interleaved,
         )
+        group = parallel_state.get_context_parallel_group()
+        query, key, value = (regions.tokens_for_heads(x, group) for x in (query, key, value))
         out = kernels.attention_varlen(query, key, value.contiguous(), packed_seq_params.cu_seqlens_q, scale=self.scale)
-        return out.flatten(1)
+        return regions.heads_for_tokens(out, group).flatten(1)
 
 
 def residual_add(_training: bool, _fused: bool) -> Callable[..., torch.Tensor]:
@@ -163,17 +185,46 @@ class ScoringModel(GPTModel):
     """
 
     def forward(self, batch: PackedBatch, replay: Replay | None = None) -> torch.Tensor:
-        """fp32 [n]: for each of ``batch.rows`` the log-probability of ``batch.targets``, gradients on."""
-        hidden = kernels.embedding(batch.tokens, self.embedding.word_embeddings.weight).unsqueeze(1)
+        """fp32 [n]: for each of ``batch.rows`` the log-probability of ``batch.targets``, gradients on.
+
+        A stage that is not the last returns its hidden states, bf16 [T, 1, H].
+        """
+        hidden = self.embed(batch) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=PackedPositions.of(batch, replay)
-        ).squeeze(1)
-        head = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return kernels.selected_logprob(
-            hidden.index_select(0, batch.rows),
-            self.output_layer.weight if head is None else head,
-            batch.targets,
-            temperature=batch.temperature,
-            top_p=batch.top_p,
-            top_k=batch.top_k,
-        ).logprob
+        )
+        return self.score(hidden.squeeze(1), batch) if self.post_process else hidden
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """bf16 [t, 1, H] of this rank's tokens, split for context and then for sequence parallelism."""
+        table, group = self.embedding.word_embeddings.weight, self.pg_collection.tp
+        tokens = regions.own_part(batch.tokens, self.pg_collection.cp)
+        hidden = regions.embedding(tokens, table, self.vocab_size, group).unsqueeze(1)
+        return regions.split_tokens(hidden, group) if self.config.sequence_parallel else hidden
+
+    def score(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """fp32 [n] from the last layer's normalised output [t, H]. Raises NotImplementedError for top-p and top-k over
+        a vocabulary that ranks share."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = regions.gather_tokens(hidden, group)
+        head = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            head = self.shared_embedding_or_output_weight()
+        options: dict[str, Any] = {"top_p": batch.top_p, "top_k": batch.top_k}
+        if group.size() > 1:
+            if bool((batch.top_p != 1).any()) or bool((batch.top_k != 0).any()):
+                raise NotImplementedError("top_p and top_k under tensor parallelism are not supported; sample without")
+            options = {"group": group, "vocabulary": self.vocab_size}
+        context = self.pg_collection.cp
+        if context.size() == 1:
+            rows = hidden.index_select(0, batch.rows)
+            return kernels.selected_logprob(rows, head, batch.targets, temperature=batch.temperature, **options).logprob
+        first = context.rank() * len(hidden)
+        mine = ((batch.rows >= first) & (batch.rows < first + len(hidden))).nonzero()[:, 0]
+        rows = hidden.index_select(0, batch.rows[mine] - first)
+        if group.size() == 1:
+            options = {"top_p": batch.top_p[mine], "top_k": batch.top_k[mine]}
+        temperature = batch.temperature[mine]
+        own = kernels.selected_logprob(rows, head, batch.targets[mine], temperature=temperature, **options).logprob
+        return regions.merge_disjoint(own.new_zeros(len(batch.rows)).index_copy(0, mine, own), context)

@@ -1,7 +1,7 @@
 """The sparse layer of Megatron's side: router, experts and combination by `zerokl.kernels`.
 
 Megatron's own `MoELayer` dispatches through masks and probabilities, whose order of addition is its own. This layer
-stands in its place in the layer spec, on one rank, and adds weight gradients to Megatron's main gradients.
+stands in its place in the layer spec, spreads experts over ranks, and adds weight gradients to Megatron's main ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from zerokl import kernels
-from zerokl.alignment.megatron.core import MegatronModule, TransformerConfig, TransformerLayer
+from zerokl.alignment.megatron import dispatch
+from zerokl.alignment.megatron.core import MegatronModule, TransformerConfig, TransformerLayer, parallel_state
 from zerokl.alignment.megatron.model_config import MoeConfig
 from zerokl.alignment.megatron.modules import PackedPositions
 from zerokl.alignment.routing_replay import Replay
@@ -23,9 +24,11 @@ class MoeTransformerConfig(TransformerConfig):
     """TransformerConfig that carries the sparse layers' rules to the modules Megatron builds with it.
 
     Not Megatron's own fields: they cannot say all that a `Router` says, and switch on parts that are not used here.
+    ``segments`` is R2's, of the down projections.
     """
 
     moe: MoeConfig
+    segments: int
 
 
 class Weight(torch.nn.Module):
@@ -54,27 +57,33 @@ class SharedExperts(torch.nn.Module):
 
     def __init__(self, config: MoeTransformerConfig) -> None:
         super().__init__()
+        self.segments = config.segments
         self.linear_fc1 = Weight(config, 2 * config.moe.shared_size, config.hidden_size)
         self.linear_fc2 = Weight(config, config.hidden_size, config.moe.shared_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """bf16 [T, H] -> the same shape."""
-        return kernels.linear(kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight)), self.linear_fc2.weight)
+        h = kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight))
+        return kernels.linear(h, self.linear_fc2.weight, segments=self.segments)
 
 
 class Experts(torch.nn.Module):
-    """SwiGLU experts: fc1 [E, 2 F, H] (gate rows, then up rows), fc2 [E, H, F]."""
+    """SwiGLU experts, those of this rank: fc1 [E, 2 F, H] (gate rows, then up rows), fc2 [E, H, F]."""
 
     def __init__(self, config: MoeTransformerConfig) -> None:
         super().__init__()
-        experts, ffn, hidden = config.moe.router.experts, config.moe.intermediate_size, config.hidden_size
+        self.segments = config.segments
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        experts, ffn, hidden = config.moe.router.experts // ranks, config.moe.intermediate_size, config.hidden_size
         self.linear_fc1 = Weight(config, experts, 2 * ffn, hidden)
         self.linear_fc2 = Weight(config, experts, hidden, ffn)
+        for weight in self.parameters():  # Megatron adds their gradients only over ranks with the same experts
+            weight.allreduce = ranks == 1  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """bf16 [R, H], rows grouped by expert at ``offsets`` [E + 1] -> the same shape."""
         h = kernels.silu_and_mul(kernels.grouped_linear(x, self.linear_fc1.weight, offsets))
-        return kernels.grouped_linear(h, self.linear_fc2.weight, offsets)
+        return kernels.grouped_linear(h, self.linear_fc2.weight, offsets, segments=self.segments)
 
 
 class MoE(MegatronModule):
@@ -82,11 +91,9 @@ class MoE(MegatronModule):
 
     def __init__(self, config: MoeTransformerConfig, **_unused: Any) -> None:
         super().__init__(config=config)
-        if (config.tensor_model_parallel_size, config.expert_model_parallel_size) != (1, 1):
-            raise NotImplementedError(
-                "MoE: experts split over ranks are not supported; set tensor_model_parallel_size and "
-                "expert_model_parallel_size to 1"
-            )
+        if config.tensor_model_parallel_size > 1:
+            raise NotImplementedError("MoE: tensor parallelism is not supported; set tensor_model_parallel_size to 1")
+        self.expert_group = parallel_state.get_expert_model_parallel_group()
         self.rules = config.moe.router
         self.groups = kernels.Groups(self.rules.groups, self.rules.keep_groups)
         self.router = RouterWeight(config)
@@ -106,9 +113,17 @@ class MoE(MegatronModule):
         x = hidden_states.flatten(0, 1)
         routing = self.route(kernels.linear(x, self.router.weight, out_dtype=torch.float32))
         rows, permutation = kernels.moe_permute(x, routing.indices, self.rules.experts)
-        y = self.experts(rows, permutation.offsets)
+        y = self.compute(rows, permutation.offsets)
         shared = None if self.shared_experts is None else self.shared_experts(x)
         return kernels.moe_combine(y, permutation, routing.weights, shared=shared).view_as(hidden_states), None
+
+    def compute(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """bf16 [R, H], rows grouped by all experts at ``offsets`` -> the same shape, whatever ranks hold them."""
+        if self.expert_group.size() == 1:
+            return self.experts(rows, offsets)
+        route = dispatch.route(offsets, self.expert_group)
+        mine = self.experts(dispatch.dispatch(rows, route, self.expert_group), route.offsets)
+        return dispatch.collect(mine, route, self.expert_group)
 
     def route(self, logits: torch.Tensor) -> kernels.Routing:
         """The experts of every token: replayed where there is a replay, else chosen; weights by the live ``logits``."""

@@ -94,7 +94,7 @@ class PortableAdam(torch.optim.Optimizer):
         )
 
 
-def build_optimizer(settings: OptimizerSettings, ddp_model: torch.nn.Module) -> Any:
+def build_optimizer(settings: OptimizerSettings, ddp_models: list[torch.nn.Module]) -> Any:
     """Megatron's optimizer: bf16 parameters, fp32 main parameters, `PortableAdam`, clipping by Megatron."""
     config = OptimizerConfig(
         optimizer="adam",
@@ -109,7 +109,7 @@ def build_optimizer(settings: OptimizerSettings, ddp_model: torch.nn.Module) -> 
         params_dtype=torch.bfloat16,
     )
     with _megatron_uses_portable_adam():
-        optimizer = get_megatron_optimizer(config, [ddp_model])
+        optimizer = get_megatron_optimizer(config, ddp_models)
     for group in optimizer.param_groups:
         # Megatron leaves this product to its learning-rate scheduler, which is not used here.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,22 @@ import xxhash
 from safetensors.torch import save_file
 
 from zerokl.alignment.architectures import Architecture
-from zerokl.alignment.megatron import checkpoint, convert_moe, distributed
+from zerokl.alignment.megatron import checkpoint, convert_moe, distributed, schedule
 from zerokl.alignment.megatron.convert import check_tensors, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     __version__,
     clip_grad_by_total_norm_fp32,
-    finalize_model_grads,
 )
+from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.megatron.optimizer import OptimizerSettings, build_optimizer
+from zerokl.alignment.megatron.sharding import shard
 from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
 from zerokl.alignment.routing_replay import Mode, Replay
-from zerokl.alignment.types import PackedBatch
-
-LossFunction = Callable[[torch.Tensor, int], torch.Tensor]
+from zerokl.alignment.types import LossFunction, PackedBatch
 
 # What an exported folder takes over from the source folder, besides the weights.
 _MODEL_FILES = frozenset(
@@ -70,7 +69,10 @@ class MegatronPolicy:
     trades time for activation memory, with the same bits.
     ``replay`` other than off makes the sparse layers follow the batches' routing records; with `check`, the tokens that
     they would have routed otherwise (in any layer) add up in ``differing_tokens``.
-    Megatron keeps global state: one policy per process. Raises ModelError for a model that cannot be used.
+    ``device``: where it runs, `cpu` or `cuda`. ``layout`` spreads it over the ranks of torch.distributed: each takes
+    its own micro-batches, as many as every other, and ranks that hold parts of one copy the same ones. Gradients add up
+    over all ranks; so the loss of a step is the sum over data-parallel ranks. Megatron keeps global state: one policy
+    per process at a time. Raises ModelError for a model, or a layout of it, that cannot be used.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class MegatronPolicy:
         recompute: bool = False,
         replay: Mode = "off",
         threads: int | None = None,
+        layout: Layout | None = None,
+        device: str = "cpu",
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -95,38 +99,63 @@ class MegatronPolicy:
         self.replay = replay
         self.differing_tokens = 0
         _check_replay(self.config, replay, stock=stock, recompute=recompute)
-        weights = read_hf_weights(model_dir, self.config)
-        distributed.initialise()
+        self.layout = layout or Layout()
+        weights = hf_to_megatron(self.config, read_hf_weights(model_dir, self.config))
+        distributed.initialise(self.layout)
+        # this rank's parts of the model, in order of depth: one, unless a stage holds virtual stages
+        self.chunks: list[Any]
         if stock:
-            self.model = build_stock_model(self.config, recompute=recompute)
+            self.chunks = [build_stock_model(self.config, self.layout, recompute=recompute)]
         else:
-            self.model = build_model(self.config, recompute=recompute)
-        self._parameters = dict(self.model.named_parameters())
-        # what is not trained but belongs to the model: the routers' selection biases
-        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(".expert_bias")}
-        self._weights: dict[str, torch.Tensor] = self._parameters | buffers
-        loaded = hf_to_megatron(self.config, weights)
-        _copy_into(self._weights, convert_moe.separate_experts(loaded) if stock else loaded)
-        self._scorer: torch.nn.Module = StockModel(self.model) if stock else self.model
-        self._ddp: Any = None
+            self.chunks = build_model(self.config, self.layout, recompute=recompute)
+        self.device = torch.device(device)
+        loaded = convert_moe.separate_experts(weights) if stock else weights
+        for chunk in self.chunks:
+            chunk.to(self.device)
+            state = shard(loaded, chunk)
+            _copy_into(dict(chunk.named_parameters()) | _biases(chunk), state)
+        self._scorers: list[Any] = [StockModel(chunk) for chunk in self.chunks] if stock else self.chunks
+        self._ddps: list[Any] = []
         self._optimizer: Any = None
         if optimizer is not None:
             # ours add weight gradients to main_grad themselves, so the tied embedding needs no zeroed dummy gradient
             if not stock:
-                self.model.embedding.word_embeddings.weight.zero_out_wgrad = False
+                for chunk in self.chunks:
+                    for parameter in chunk.parameters():
+                        parameter.zero_out_wgrad = False
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-            self._ddp = DistributedDataParallel(self.model.config, ddp_config, self._scorer)
-            self._optimizer = build_optimizer(optimizer, self._ddp)
+            self._ddps = [
+                DistributedDataParallel(chunk.config, ddp_config, scorer)
+                for chunk, scorer in zip(self.chunks, self._scorers, strict=True)
+            ]
+            self._optimizer = build_optimizer(optimizer, self._ddps)
+
+    @property
+    def model(self) -> Any:
+        """The whole model. Raises LayoutError where this rank holds only parts of it."""
+        if self.layout.shards_weights:
+            raise LayoutError(f"this needs the whole model on one rank, it is laid out as {self.layout}")
+        return self.chunks[0]
+
+    @property
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Parameters by Megatron's names, and what is not trained but belongs to the model."""
+        return dict(self.model.named_parameters()) | _biases(self.model)
 
     # -- scoring and training -------------------------------------------------------------------------------------
 
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        """fp32 [n]: the log-probability of every target, by the training forward, with gradients on."""
-        self._check(batch)
+        """fp32 [n]: the log-probability of every target, by the training forward, with gradients on.
+
+        With pipeline stages, without gradients: they never meet on one rank.
+        """
+        batch = self._checked(batch)
+        if self.layout.pipeline > 1:
+            return schedule.run(self._scorers, [batch], None)[0]
         replay = self._replay(batch)
         if replay is None:
-            return self._scorer(batch)
-        logprobs = self._scorer(batch, replay)
+            return self._scorers[0](batch)
+        logprobs = self._scorers[0](batch, replay)
         replay.finish(1)
         self.differing_tokens += replay.differing_tokens
         return logprobs
@@ -136,34 +165,49 @@ class MegatronPolicy:
 
         Raises FloatingPointError, with all weights as before, if a loss or the gradient norm is NaN or infinite.
         """
-        optimizer, ddp = self._trained(), self._ddp
+        optimizer = self._trained()
         if not microbatches:
             raise ValueError("train_step got no microbatches: there is nothing to train on")
-        for batch in microbatches:
-            self._check(batch)
-        ddp.zero_grad_buffer()
+        batches = [self._checked(batch) for batch in microbatches]
+        for ddp in self._ddps:
+            ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        total, scored, differing = 0.0, [], 0
-        for index, batch in enumerate(microbatches):
-            replay = self._replay(batch)
-            logprobs = ddp(batch) if replay is None else ddp(batch, replay)
+        total, differing = 0.0, 0
+
+        def checked_loss(logprobs: torch.Tensor, index: int) -> torch.Tensor:
+            nonlocal total
             loss = loss_fn(logprobs, index)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"the loss of microbatch {index} is {value}; weights are unchanged. Drop the sample that causes it"
                 )
-            loss.backward()
-            if replay is not None:
-                replay.finish(2 if self.recompute else 1)
-                differing += replay.differing_tokens
             total += value
-            scored.append(logprobs.detach())
-        finalize_model_grads([ddp])
+            return loss
+
+        if self.layout.pipeline > 1:
+            scored = schedule.run(self._ddps, batches, checked_loss)
+        else:
+            scored = []
+            for index, batch in enumerate(batches):
+                logprobs, differs = self._forward_backward(batch, index, checked_loss)
+                scored.append(logprobs)
+                differing += differs
+        distributed.reduce_gradients(self._ddps)
         grad_norm = self._update(optimizer)
         self.step += 1
         self.differing_tokens += differing
-        return StepResult(total, grad_norm, scored, differing)
+        return StepResult(distributed.from_last_stage(total), grad_norm, scored, differing)
+
+    def _forward_backward(self, batch: PackedBatch, index: int, loss_fn: LossFunction) -> tuple[torch.Tensor, int]:
+        """One micro-batch: its log-probabilities, detached, and how many tokens its replay routed otherwise."""
+        replay, ddp = self._replay(batch), self._ddps[0]
+        logprobs = ddp(batch) if replay is None else ddp(batch, replay)
+        loss_fn(logprobs, index).backward()
+        if replay is None:
+            return logprobs.detach(), 0
+        replay.finish(2 if self.recompute else 1)
+        return logprobs.detach(), replay.differing_tokens
 
     def _update(self, optimizer: Any) -> float:
         """Megatron's optimizer step, stopped before the update if the gradient norm is not finite."""
@@ -173,7 +217,8 @@ class MegatronPolicy:
             raise FloatingPointError(
                 f"the gradient norm is {norm}; weights are unchanged. Lower the learning rate or drop the sample"
             )
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._settings().clip_grad, norm)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grad_by_total_norm_fp32(parameters, self._settings().clip_grad, norm)
         optimizer.step_with_ready_grads()
         return norm
 
@@ -235,9 +280,9 @@ class MegatronPolicy:
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
         """The live fp32 tensors: main parameters and both moments (made zero if no step has been taken)."""
-        moments = self._trained().optimizer.state
+        model, moments = self.model, self._trained().optimizer.state
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in model.named_parameters():
             main = parameter.main_param
             if not moments[main]:
                 moments[main] = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
@@ -257,8 +302,7 @@ class MegatronPolicy:
             "threads": torch.get_num_threads(),
             "model": asdict(self.config),
             "routing_replay": self.replay,
-            "parallel": {"tensor": 1, "pipeline": 1, "context": 1, "data": 1},
-            "row_parallel_segments": 1,
+            "layout": asdict(self.layout),
         }
 
     def _trained(self) -> Any:
@@ -277,8 +321,11 @@ class MegatronPolicy:
         router, tokens = self.config.moe.router, batch.tokens.numel()
         return Replay(batch.routed_experts, router, tokens, check=self.replay == "check")
 
-    def _check(self, batch: PackedBatch) -> None:
-        """Refuse what no kernel would notice: nothing to score, or a sequence beyond the rotary table."""
+    def _checked(self, batch: PackedBatch) -> PackedBatch:
+        """The batch, padded as the layout needs it.
+
+        Refuses what no kernel would notice: nothing to score, or a sequence beyond the rotary table.
+        """
         if batch.rows.numel() == 0:
             raise ValueError("the batch has no scored rows: every sequence needs at least one generated token")
         longest = int(batch.cu_seqlens.diff().max())
@@ -287,6 +334,12 @@ class MegatronPolicy:
                 f"a sequence of {longest} tokens exceeds the model's {self.config.max_position_embeddings}: "
                 "shorten the prompt or max_new_tokens"
             )
+        return batch.padded(self.layout.token_multiple).to(self.device)
+
+
+def _biases(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What is not trained but belongs to the model: the routers' selection biases."""
+    return {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(".expert_bias")}
 
 
 def _check_replay(config: ModelConfig, replay: Mode, *, stock: bool, recompute: bool) -> None:
@@ -309,4 +362,4 @@ def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return xxhash.xxh3_128(tensor.contiguous().view(torch.uint8).cpu().numpy().data).hexdigest()

@@ -23,7 +23,9 @@ from zerokl.alignment.megatron.core import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_gpt_decoder_block_spec,
+    parallel_state,
 )
+from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.modules import (
     ColumnLinear,
@@ -38,18 +40,41 @@ from zerokl.alignment.megatron.moe import MoE, MoELayer, MoeTransformerConfig
 from zerokl.alignment.megatron.stock_moe import moe_options
 
 
-def transformer_config(model: ModelConfig, *, stock: bool = False, recompute: bool = False) -> TransformerConfig:
-    """Megatron's configuration for a bf16 model on one rank."""
-    options: dict[str, Any] = {}
+def transformer_config(
+    model: ModelConfig, layout: Layout, *, stock: bool = False, recompute: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration for a bf16 model in one layout."""
+    options = _layout_options(layout)
     if recompute:
-        options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")  # about a default that nobody set
         if stock:
             return TransformerConfig(**_transformer_options(model, stock), **options, **moe_options(model))
         if model.moe is not None:
-            return MoeTransformerConfig(**_transformer_options(model, stock), **options, moe=model.moe)
+            return MoeTransformerConfig(
+                **_transformer_options(model, stock), **options, moe=model.moe, segments=layout.segments
+            )
         return TransformerConfig(**_transformer_options(model, stock), **options)
+
+
+def _layout_options(layout: Layout) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+        # losses and gradients are summed as they are; Megatron would divide both by the numbers of ranks and batches
+        "calculate_per_token_loss": True,
+    }
+    if layout.pipeline > 1:
+        # micro-batches differ in tokens; Megatron asks for the dispatcher even where there are no experts
+        options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    if layout.virtual_pipeline > 1:
+        # Megatron's default exchange of virtual stages is silently wrong over gloo
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        options["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+    return options
 
 
 def _transformer_options(model: ModelConfig, stock: bool) -> dict[str, Any]:
@@ -91,17 +116,19 @@ def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
         return weight.fill_(float("nan"))
 
 
-def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
+def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
     """One decoder layer on `zerokl.kernels`, with a dense MLP or with experts."""
     head_norm = RMSNorm if model.qk_norm else None
+    column_linear = ModuleSpec(module=ColumnLinear, params={"segments": layout.segments})
+    row_linear = ModuleSpec(module=RowLinear, params={"segments": layout.segments})
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnLinear,
+        linear_qkv=column_linear,
         core_attention=partial(CoreAttention, rotary_table=rotary_table),
-        linear_proj=RowLinear,
+        linear_proj=row_linear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    dense = MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=RowLinear)
+    dense = MLPSubmodules(linear_fc1=column_linear, activation_func=SwiGLU, linear_fc2=row_linear)
     mlp = ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=dense)
     return ModuleSpec(
         module=MoELayer if sparse else TransformerLayer,
@@ -118,21 +145,44 @@ def layer_spec(model: ModelConfig, rotary_table: torch.Tensor, *, sparse: bool) 
     )
 
 
-def build_model(model: ModelConfig, *, recompute: bool = False) -> ScoringModel:
-    """A `ScoringModel` with unset (NaN) weights. Megatron's process groups must exist."""
+def build_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) -> list[ScoringModel]:
+    """This rank's chunks of the model (one without virtual stages), with unset (NaN) weights.
+
+    Megatron's process groups must exist in this layout. Raises LayoutError for a model that does not divide so.
+    """
+    layout.check(model)
     table = kernels.rotary_table(model.max_position_embeddings, model.rotary_dim, model.rope_theta)
-    layers = [layer_spec(model, table, sparse=model.moe_at(i) is not None) for i in range(model.num_hidden_layers)]
-    return ScoringModel(
-        config=transformer_config(model, recompute=recompute),
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
-        position_embedding_type="none",
-        **_gpt_arguments(model),
-    )
+    config = transformer_config(model, layout, recompute=recompute)
+    depth = model.num_hidden_layers // layout.stages
+    chunks = []
+    for virtual in range(layout.virtual_pipeline):
+        stage = virtual * layout.pipeline + parallel_state.get_pipeline_model_parallel_rank()
+        layers = [
+            layer_spec(model, layout, table, sparse=model.moe_at(index) is not None)
+            for index in range(stage * depth, (stage + 1) * depth)
+        ]
+        last = stage == layout.stages - 1
+        chunks.append(
+            ScoringModel(
+                config=config,
+                transformer_layer_spec=TransformerBlockSubmodules(
+                    layer_specs=layers, layer_norm=RMSNorm if last else None
+                ),
+                position_embedding_type="none",
+                pre_process=stage == 0,
+                post_process=last,
+                vp_stage=virtual if layout.virtual_pipeline > 1 else None,
+                **_gpt_arguments(model),
+            )
+        )
+    return chunks
 
 
-def build_stock_model(model: ModelConfig, *, recompute: bool = False) -> GPTModel:
+def build_stock_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) -> GPTModel:
     """Megatron's own local layers with its own arithmetic: the control measurement and speed baseline."""
-    config = transformer_config(model, stock=True, recompute=recompute)
+    if layout.shards_weights:
+        raise LayoutError("stock layers run on one rank only; use a layout of one rank")
+    config = transformer_config(model, layout, stock=True, recompute=recompute)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_decoder_block_spec(

@@ -226,10 +226,10 @@ def test_the_selection_bias_travels_but_is_not_trained(policy, make_pairs, pack,
             assert torch.equal(tensor, biases[n])
 
 
-def test_experts_over_ranks_are_refused(policy):
+def test_tensor_parallel_experts_are_refused(policy):
     config = copy.copy(policy().model.config)
-    config.expert_model_parallel_size = 2
-    with pytest.raises(NotImplementedError, match="MoE: experts split over ranks are not supported"):
+    config.tensor_model_parallel_size = 2
+    with pytest.raises(NotImplementedError, match="MoE: tensor parallelism is not supported"):
         MoE(config)
 
 

@@ -263,7 +263,9 @@ def test_megatrons_columns_are_put_into_the_rollouts_order():
     from zerokl.alignment.megatron.model_config import ModelConfig
     from zerokl.alignment.megatron.tracing import qkv_columns
 
-    config = ModelConfig("LlamaForCausalLM", 8, 16, 8, 1, 6, 2, 4, 64, 1e-5, 1e4, True, False)  # 3 queries a key
+    config = ModelConfig(
+        "LlamaForCausalLM", 8, 16, 8, 1, 6, 2, 4, 64, 1e-5, 1e4, True, False, False, 4, False
+    )  # 3 queries a key
     weights = {name: torch.zeros(shape) for name, shape in hf_shapes(config).items()}
     start = 0
     for name in "qkv":

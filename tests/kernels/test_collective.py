@@ -1,5 +1,6 @@
 """R2 over ranks: tensor parallel 1, 2, 4 and 8 give the bits of one rank."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from collective_ranks import logprob_inputs
+from collective_ranks import column_inputs, logprob_inputs, share_of_columns
 from data import assert_same_bits, hashed
 
 from zerokl import kernels
@@ -20,8 +21,9 @@ def ranks(request, tmp_path_factory):
     """What every rank got, in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-P", str(SCRIPT)]
-    # the script's own folder holds its data module
-    environment = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    # the script's own folder holds its data module; the package is the one under test here
+    path = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     processes = [
         subprocess.Popen([*command, str(r), str(request.param), str(folder)], env=environment, stderr=subprocess.PIPE)
         for r in range(request.param)
@@ -53,6 +55,19 @@ def test_a_shared_vocabulary_gives_the_bits_of_a_whole_one(ranks):
         assert_same_bits(got["entropy"], whole.entropy, f"entropy of rank {r}")
         assert_same_bits(got["dhidden"], hidden.grad, f"dhidden of rank {r}")
     assert_same_bits(np.concatenate([got["dhead"] for got in ranks]), head.grad, "dhead")
+
+
+def test_shared_columns_have_one_gradient(ranks):
+    """dX is eight chains, each over a segment's gate columns and then its up columns, added as a tree."""
+    x, w, dy = column_inputs()
+    y = kernels.linear(x, w.requires_grad_())
+    y.backward(dy)
+    order = torch.cat([torch.cat([gate, up]) for gate, up in zip(*torch.arange(96).view(2, 8, 6), strict=True)])
+    dx = kernels.linear(dy[:, order].contiguous(), w.detach()[order].t().contiguous(), segments=8)
+    for r, got in enumerate(ranks):
+        assert_same_bits(got["columns"], share_of_columns(y.detach().t(), r, len(ranks)).t(), f"columns of rank {r}")
+        assert_same_bits(got["dcolumns"], dx, f"dx of rank {r}")
+        assert_same_bits(got["down"], share_of_columns(w.grad, r, len(ranks)), f"dw of rank {r}")
 
 
 def test_the_tree_is_not_just_any_order():

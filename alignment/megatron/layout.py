@@ -1,0 +1,106 @@
+"""How a model is laid out over ranks, and which layouts this binding computes with the bits of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+
+
+class LayoutError(ModelError):
+    """A layout that cannot be used; the message names the sizes and what is supported."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; what the ranks have beyond ``ranks`` is data parallel.
+
+    ``segments`` is G of contract R2: into how many chains a row-parallel product is cut, whatever ``tensor`` is. Log-
+    probabilities are equal bits in all layouts of the same G, so both engines take the same: the smallest power of two
+    that covers both tensor-parallel sizes. ``virtual_pipeline``: model chunks a stage holds.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    expert: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    segments: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "segments"):
+            size = getattr(self, name)
+            self._require(size in (1, 2, 4, 8), f"{name}={size}; supported: 1, 2, 4, 8")
+        for name in ("pipeline", "virtual_pipeline", "expert", "context"):
+            size = getattr(self, name)
+            self._require(size >= 1, f"{name}={size} must be positive")
+        self._require(self.segments % self.tensor == 0, f"segments={self.segments} must cover tensor={self.tensor}")
+        self._require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor above 1")
+        self._require(
+            self.virtual_pipeline == 1 or self.pipeline > 1, "virtual_pipeline needs pipeline stages; set pipeline"
+        )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold one copy of the model (experts are spread over copies)."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def stages(self) -> int:
+        """Model chunks in all, in order of depth."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def token_multiple(self) -> int:
+        """What a micro-batch's number of tokens must be a multiple of; it is padded to that."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds only a part of the model."""
+        return self.tensor * self.pipeline * self.expert > 1
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise LayoutError naming what of the model does not divide, or what is not supported for it."""
+        heads, head = model.num_attention_heads, model.head_dim
+        depth = {
+            "intermediate_size": model.intermediate_size,
+            "attention's output": heads * head,
+            "attention's input projection": (heads + 2 * model.num_key_value_heads) * head,
+        }
+        for name, width in depth.items():
+            self._require(
+                self.segments == 1 or width % (2 * self.segments) == 0,
+                f"{name} {width} does not divide into segments={self.segments} of whole pairs",
+            )
+        heads = model.num_key_value_heads
+        split = self.tensor * self.context  # context parallelism splits heads inside attention
+        self._require(
+            heads % split == 0,
+            f"{heads} key-value heads do not divide over tensor={self.tensor} times context={self.context}",
+        )
+        self._require(
+            self.tensor == 1 or model.vocab_size % 8 == 0,
+            f"a vocabulary of {model.vocab_size} over tensor={self.tensor}; supported: multiples of 8",
+        )
+        layers = model.num_hidden_layers
+        self._require(layers % self.stages == 0, f"{layers} layers do not divide into {self.stages} stages")
+        if model.moe is None:
+            self._require(self.expert == 1, f"expert={self.expert}, but {model.architecture} is dense")
+            return
+        self._require(
+            self.ranks == 1,
+            f"{model.architecture} in tensor={self.tensor}, pipeline={self.pipeline}, context={self.context}; "
+            "supported: 1, 1, 1",
+        )
+        experts, width = model.moe.router.experts, model.moe.intermediate_size
+        self._require(experts % self.expert == 0, f"{experts} experts do not divide over expert={self.expert}")
+        self._require(
+            self.segments == 1 or width % (2 * self.segments) == 0,
+            f"moe_intermediate_size {width} does not divide into segments={self.segments} of whole pairs",
+        )
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise LayoutError(f"layout: {message}")
