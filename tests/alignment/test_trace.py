@@ -263,6 +263,7 @@ def test_megatrons_columns_are_put_into_the_rollouts_order():
     from zerokl.alignment.megatron.model_config import ModelConfig
     from zerokl.alignment.megatron.tracing import qkv_columns
 
+    # 3 queries a key
     config = ModelConfig(
         "LlamaForCausalLM", 8, 16, 8, 1, 6, 2, 4, 64, 1e-5, 1e4, True, False, False, 4, False
     )  # 3 queries a key
