@@ -13,7 +13,7 @@ namespace zerokl {
 
 namespace {
 
-constexpr int64_t kRowBlock = 240;                    // rows that share one pass over a vocabulary segment
+constexpr int64_t kRowBlock = 288;                    // rows that share one pass over a vocabulary segment
 constexpr int64_t kFullRowBytes = int64_t(16) << 20;  // top-p / top-k need whole rows: this much of them at a time
 constexpr int64_t kFewEntries = 256;                  // entries a top-p mass usually ends within
 constexpr float kInf = std::numeric_limits<float>::infinity();
