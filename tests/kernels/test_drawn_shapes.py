@@ -1,0 +1,85 @@
+"""Attention, experts, scores and samples on shapes that hypothesis draws: every byte equals the reference."""
+
+import itertools
+
+import numpy as np
+import torch
+from data import assert_same_bits, f32, hashed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zerokl import kernels
+from zerokl.kernels.reference import arith
+from zerokl.kernels.reference import attention as ref_attention
+from zerokl.kernels.reference import linear as ref_linear
+from zerokl.kernels.reference import logprob as ref_logprob
+from zerokl.kernels.reference import moe as ref_moe
+from zerokl.kernels.reference import sampling as ref_sampling
+
+KIND = st.sampled_from(["plain", "wide", "cancel", "tiny"])
+drawn = settings(
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@drawn
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 3, 17, 63, 65]), min_size=1, max_size=3),
+    group=st.sampled_from([1, 2, 3, 7, 16]),
+    dims=st.sampled_from([(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (6, 10)]),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 1, 7, 64]),
+    kind=KIND,
+)
+def test_attention_varlen(isa, lengths, group, dims, causal, window, kind):
+    dim, v_dim = dims
+    total, window = sum(lengths), window if causal else None
+    q, k, v = (hashed(total, h, d, seed=s, kind=kind) for s, (h, d) in enumerate(((group, dim), (1, dim), (1, v_dim))))
+    bounds = np.cumsum([0, *lengths])
+    options = {"scale": dim**-0.5, "causal": causal, "window": window}
+    out = kernels.attention_varlen(q, k, v, torch.tensor(bounds, dtype=torch.int32), **options)
+    for a, b in itertools.pairwise(bounds.tolist()):
+        if a < b:
+            part = [f32(t[a:b]) for t in (q, k, v)]
+            assert_same_bits(out[a:b], ref_attention.attention(*part, **options | {"window": window or 0})[0], "out")
+
+
+@drawn
+@given(counts=st.lists(st.sampled_from([0, 0, 1, 3, 17, 65]), min_size=1, max_size=6), n=st.integers(1, 70),
+       k=st.integers(1, 90), kind=KIND)  # fmt: skip
+def test_grouped_linear(isa, counts, n, k, kind):
+    offsets = np.cumsum([0, *counts])
+    x = hashed(sum(counts), k, seed=1, kind=kind).requires_grad_()
+    w = hashed(len(counts), n, k, seed=2, kind=kind).requires_grad_()
+    y = kernels.grouped_linear(x, w, torch.tensor(offsets))
+    assert_same_bits(y, ref_moe.grouped_linear(f32(x), f32(w), offsets), "y")
+    dy = hashed(*y.shape, seed=3)
+    dx, dw = torch.autograd.grad(y, (x, w), dy)
+    want = ref_moe.grouped_linear_backward(f32(x), f32(w), offsets, f32(dy), np.zeros(w.shape, np.float32))
+    assert_same_bits(dx, want[0], "dx")
+    assert_same_bits(dw, arith.bf16(want[1]), "dw")
+
+
+@drawn
+@given(
+    rows=st.sampled_from([1, 3, 17]),
+    vocab=st.integers(1, 700),
+    width=st.integers(1, 60),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    top_k=st.sampled_from([0, 1, 40]),
+)
+def test_scores_and_samples(isa, rows, vocab, width, temperature, top_p, top_k):
+    hidden, head = hashed(rows, width, seed=1, kind="cancel"), hashed(vocab, width, seed=2)
+    logits = ref_linear.linear(f32(hidden), f32(head), round_output=False)
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    seed, position = torch.arange(rows) * 7, torch.arange(rows) + 5
+    got = kernels.sample(hidden, head=head, seed=seed, position=position, **options)
+    tokens = [
+        ref_sampling.sample_row(z, int(s), int(p), **options) for z, s, p in zip(logits, seed, position, strict=True)
+    ]
+    assert got.token.tolist() == tokens
+    expected = np.array([ref_logprob.logprob_row(z, t, **options)[0] for z, t in zip(logits, tokens, strict=True)])
+    assert_same_bits(got.logprob, expected, "sampled")
+    scored = kernels.selected_logprob(hidden, head, got.token, **options)
+    assert_same_bits(scored.logprob, expected, "scored")
