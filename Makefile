@@ -38,7 +38,7 @@ demo: install
 	$(BIN)/zerokl train recipes/demo.toml
 
 test: install $(OPINIONS) lint sanitize
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
 
 lint: $(EXTENSION)
 	$(BIN)/ruff check --quiet
