@@ -144,7 +144,7 @@ class Child:
             return "killed" if self.process.exitcode == -signal.SIGKILL else f"exit {self.process.exitcode}"
         try:
             text = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except FileNotFoundError:  # it ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it ended before the file was opened, or before it was read
             return "ending"
         return "stopped" if text.rpartition(")")[2].split()[0] == "T" else "running"
 
