@@ -8,21 +8,22 @@ With log-probabilities `p` of the sampling policy (the rollout) and `q` of the o
 
 (J. Schulman, "Approximating KL Divergence", 2020.) Equal bits give exactly 0.0 for all three.
 
-`measure` says more about two policies that are not equal on purpose: ratios, perplexities, effective sample size, and
-the tokens they disagree on most.
+`measure` (and `gap`, of what an engine sampled) says more about two policies that are not equal on purpose: ratios,
+perplexities, effective sample size, and the tokens they disagree on most.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from zerokl.alignment.ratios import at_level, check_pair, effective_sample_size, sequence_lengths
+from zerokl.alignment.types import Generation
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,30 @@ def measure(
         ess_sequences=effective_sample_size(sequences),
         extremes=named,
     )
+
+
+def gap(generations: Sequence[Generation], trainer: Sequence[np.ndarray], *, extremes: int = 10) -> PolicyGap:
+    """`measure` of generations' log-probabilities as decoded against the trainer's fp32 [n] of the same tokens.
+
+    Generations without a token are left out of it, but keep their number in ``extremes``. Raises ValueError as
+    `measure` does, and where the counts differ.
+    """
+    counts = [len(generation.output_ids) for generation in generations]
+    if counts != [len(values) for values in trainer]:
+        raise ValueError(
+            f"gap needs a log-probability for each of the tokens {counts}, got {[len(v) for v in trainer]}"
+        )
+    held = [index for index, count in enumerate(counts) if count]
+    if not held:
+        raise ValueError("gap needs at least one sampled token")
+    found = measure(
+        torch.from_numpy(np.concatenate([generations[i].logprobs for i in held])),
+        torch.from_numpy(np.concatenate([trainer[i] for i in held])),
+        torch.from_numpy(np.cumsum([0, *(counts[i] for i in held)])),
+        [token for i in held for token in generations[i].output_ids],
+        extremes=extremes,
+    )
+    return replace(found, extremes=tuple(replace(token, sample=held[token.sample]) for token in found.extremes))
 
 
 def _extremes(

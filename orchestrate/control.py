@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zerokl.alignment.mismatch import gap
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate.actors import Actors, Places
 from zerokl.orchestrate.files import write_json
@@ -29,7 +30,7 @@ def measure(prepared: Prepared, folder: RunFolder, places: Places, progress: Pro
     scored = actors.wait(actors.trainer.score.remote(samples), "the control's scores")
     actors.close()
     found = compare(generations, scored)
-    write_json(folder.path / CONTROL, found.to_json())
+    write_json(folder.path / CONTROL, found.to_json() | {"gap": gap(generations, scored).to_dict()})
     progress.note(
         f"control: {found.mismatched_tokens} of {found.tokens} tokens differ with stock kernels, "
         f"KL (k3) {found.kl.k3:.2e}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zerokl.alignment.mismatch import gap
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import control, report, rewards
 from zerokl.orchestrate.actors import Actors, Places, claimed
@@ -147,7 +148,7 @@ class Driver:
             correction=result.correction,
             **_reward_metrics(scores, [s.advantage for s in samples], self.config.rollout.group_size),
             **_sample_metrics(samples),
-            **_comparison_metrics(kept, result),
+            **_comparison_metrics(kept, result, measured=self.config.correction.enabled),
         )
 
     def checkpoint(self, number: int) -> None:
@@ -217,7 +218,7 @@ def _reward_metrics(scores: rewards.Scores, advantages: list[float], group_size:
     }
 
 
-def _sample_metrics(samples: list[Sample]) -> dict[str, int]:
+def _sample_metrics(samples: list[Sample]) -> dict[str, Any]:
     return {
         "prompt_tokens": sum(len(s.request.input_ids) for s in samples),
         "cached_tokens": sum(s.generation.cached_tokens for s in samples),
@@ -225,9 +226,12 @@ def _sample_metrics(samples: list[Sample]) -> dict[str, int]:
     }
 
 
-def _comparison_metrics(samples: list[Sample], result: TrainReport) -> dict[str, Any]:
-    found = compare([s.generation for s in samples], [np.asarray(lp) for lp in result.logprobs])
+def _comparison_metrics(samples: list[Sample], result: TrainReport, *, measured: bool) -> dict[str, Any]:
+    """`measured`: say more about a difference that is there on purpose."""
+    generations, scored = [s.generation for s in samples], [np.asarray(lp) for lp in result.logprobs]
+    found = compare(generations, scored)
     return {
+        "gap": gap(generations, scored) if measured else None,
         "tokens": found.tokens,
         "mismatched_tokens": found.mismatched_tokens,
         "nonfinite": found.nonfinite,

@@ -15,6 +15,7 @@ from zerokl.orchestrate.files import write_text
 
 if TYPE_CHECKING:
     from zerokl.alignment.correction import Diagnostics
+    from zerokl.alignment.mismatch import PolicyGap
 
 FILE = "metrics.jsonl"
 
@@ -23,7 +24,8 @@ FILE = "metrics.jsonl"
 class StepMetrics:
     """One training step. Every number is a plain float or int; NaN and Inf become null in the file.
 
-    `correction`: only with importance weights (recipe table of that name); one column for each of its fields.
+    `correction` and `gap`: only with importance weights (recipe table of that name); the former has one column for
+    each of its fields, the latter is an object.
     """
 
     step: int
@@ -55,12 +57,16 @@ class StepMetrics:
     tokens_per_s: float
     weight_version: str
     correction: Diagnostics | None = None
+    gap: PolicyGap | None = None
 
     def columns(self) -> dict[str, Any]:
         """Name -> value, as recorded."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "correction"}
+        nested = ("correction", "gap")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in nested}
         if self.correction is not None:
             values |= {f"correction_{name}": value for name, value in self.correction.to_dict().items()}
+        if self.gap is not None:
+            values["gap"] = self.gap.to_dict()
         return values
 
 

@@ -146,7 +146,7 @@ def _page(folder: Path, steps: list[dict[str, Any]], control: dict[str, Any] | N
 <img alt="reward, KL and time per step" src="data:image/png;base64,{base64.b64encode(image).decode()}">
 <h2>Summary</h2>{_table(["", ""], summary)}
 <h2>Rollout against training</h2>{_table(_SIDES, _beside(total, control))}
-<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>
+{_far_apart(control)}<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>
 </html>
 """
 
@@ -165,6 +165,17 @@ def _beside(total: dict[str, Any], control: dict[str, Any] | None) -> list[tuple
         (f"KL, {k} estimator", show(total[f"kl_{k}"]), show(kl[k]) if control else "not measured") for k in ("k1", "k3")
     ]
     return rows
+
+
+def _far_apart(control: dict[str, Any] | None) -> str:
+    """The control's tokens with the largest differences."""
+    if not control:
+        return ""
+    names = ("sample", "position", "token", "rollout", "trainer")
+    rows = [["not finite" if token[n] is None else token[n] for n in names] for token in control["gap"]["extremes"]]
+    return "<h2>Stock kernels: the tokens furthest apart</h2>" + _table(
+        ["response", "token", "id", "log-probability in the rollout", "in training"], rows
+    )
 
 
 def _table(head: list[str], rows: list[Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+from zerokl.alignment.mismatch import gap
 from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CHUNK = 256  # prefill chunk: the built-in prompts hold a longer one
 START_TIMEOUT_S = 300.0
 GENERATE_TIMEOUT_S = 1800.0
+_EXTREMES = 3  # printed; the JSON file holds more
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     return {
         "equal": equal,
         **found.to_json(),
+        "gap": None if found.equal else gap(generations, scored).to_dict(),
         "routing": {"replay": settings.replay, "differing_tokens": differing if settings.replay == "check" else None},
         "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
         "trace": None if equal or settings.stock else trace_command(settings, found.first_mismatch),
@@ -112,6 +115,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     ]
     if result["routing"]["differing_tokens"] is not None:
         out.append(f"routed otherwise  {result['routing']['differing_tokens']} tokens")
+    if result["gap"]:
+        out += _gap_lines(result["gap"])
     if first:
         out.append(
             f"first mismatch    request {first['request']}, generated token {first['position']} (id {first['token']}): "
@@ -121,6 +126,19 @@ def lines(result: dict[str, Any]) -> list[str]:
     if result["trace"]:
         out.append(f"to see where it begins: {result['trace']}")
     return out
+
+
+def _gap_lines(gap: dict[str, Any]) -> list[str]:
+    """How far apart the two policies are, and on which tokens most; null: a log-probability is not finite."""
+    return [
+        f"perplexity        rollout {gap['perplexity_rollout']}, trainer {gap['perplexity_trainer']}",
+        f"effective samples {gap['ess_tokens']} of the tokens, {gap['ess_sequences']} of the responses",
+        *(
+            f"far apart         request {t['sample']}, generated token {t['position']} (id {t['token']}): "
+            f"rollout {t['rollout']}, trainer {t['trainer']}"
+            for t in gap["extremes"][:_EXTREMES]
+        ),
+    ]
 
 
 def trace_command(settings: Settings, mismatch: Mismatch | None) -> str:

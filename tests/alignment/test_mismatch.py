@@ -1,5 +1,6 @@
 """How far two policies are apart, against numbers worked out by hand; nothing that is not finite is hidden."""
 
+import dataclasses
 import json
 import math
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from zerokl.alignment.mismatch import kl_estimates, measure
+from zerokl.alignment.mismatch import gap, kl_estimates, measure
 from zerokl.alignment.ratios import at_level, effective_sample_size, log_ratios, sequence_lengths
+from zerokl.alignment.types import Generation
 
 # trainer - rollout is 0.5, -1 in the first response and 0.25, 0.5, 0 in the second
 ROLLOUT = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5])
@@ -129,3 +131,20 @@ def test_unusable_input_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             measure(ROLLOUT, TRAINER, torch.tensor(cu), TOKENS)
+
+
+def test_the_gap_of_generations_is_measured_on_their_tokens():
+    parts = [slice(0, 2), slice(2, 2), slice(2, 5)]  # the one in the middle sampled nothing
+    generations = [
+        Generation(tuple(TOKENS[part]), ROLLOUT[part].numpy(), ROLLOUT[part].numpy(), "stop", "1") for part in parts
+    ]
+    scored = [TRAINER[part].numpy() for part in parts]
+    found, whole = gap(generations, scored), measure(ROLLOUT, TRAINER, CU, TOKENS)
+    assert dataclasses.replace(found, extremes=()) == dataclasses.replace(whole, extremes=())
+    assert [(t.sample, t.position, t.token) for t in found.extremes] == [
+        (0, 1, 71), (0, 0, 70), (2, 1, 81), (2, 0, 80), (2, 2, 82)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"each of the tokens \[2, 0, 3\], got \[2, 0, 2\]"):
+        gap(generations, [*scored[:2], scored[2][:2]])
+    with pytest.raises(ValueError, match="at least one sampled token"):
+        gap(generations[1:2], scored[1:2])

@@ -127,6 +127,7 @@ def test_a_sparse_model_agrees_along_the_rollouts_experts(sparse):
         assert s["differing_routes"] == 0
     control = json.loads((sparse / "control.json").read_text())
     assert control["mismatched_tokens"] > control["tokens"] // 2
+    assert control["gap"]["tokens"] == control["tokens"]
     assert control["kl"]["k3"] > 0
 
 

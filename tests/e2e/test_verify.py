@@ -75,4 +75,7 @@ def test_the_engines_own_kernels_differ(verify, name):
     assert code == 1, printed
     assert found["mismatched_tokens"] > found["tokens"] // 2
     assert found["kl"]["k3"] > 0
+    furthest = found["gap"]["extremes"][0]
+    assert abs(furthest["rollout"] - furthest["trainer"]) == pytest.approx(found["max_abs_diff"], rel=1e-6)
+    assert f"far apart         request {furthest['sample']}, generated token {furthest['position']}" in printed
     assert found["weights_digest"]["engine"] == found["weights_digest"]["trainer"]

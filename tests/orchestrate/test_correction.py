@@ -12,6 +12,7 @@ import torch
 
 import zerokl
 from zerokl.alignment.correction import Correction, Diagnostics, correct
+from zerokl.alignment.mismatch import measure
 from zerokl.alignment.types import Generation, Request, SamplingParams
 from zerokl.orchestrate import metrics
 from zerokl.orchestrate.algorithms import grpo
@@ -126,7 +127,7 @@ def recorded(folder, **changes):
     # every annotation is text: int, float, str
     kinds = {"int": 1, "float": 0.5, "str": "1"}
     fields = metrics.StepMetrics.__dataclass_fields__.values()
-    values = {f.name: kinds[f.type] for f in fields if f.name != "correction"}
+    values = {f.name: kinds[f.type] for f in fields if f.name not in ("correction", "gap")}
     file = metrics.MetricsFile(folder, keep_through=0)
     file.append(metrics.StepMetrics(**(values | changes)))
     file.close()
@@ -135,11 +136,15 @@ def recorded(folder, **changes):
 
 def test_diagnostics_are_recorded_only_where_there_are_any_and_documented(tmp_path):
     plain = recorded(tmp_path)
-    assert [name for name in plain if name.startswith("correction")] == []
-    line = recorded(tmp_path, correction=Diagnostics(1.0, 0.25, 0.0, -1.0, 0.5, 0.75))
+    assert [name for name in plain if name.startswith(("correction", "gap"))] == []
+    logprobs, ends = torch.tensor([-1.0, -2.0]), torch.tensor([0, 2])
+    apart = measure(logprobs, torch.tensor([-1.5, -2.0]), ends, [8, 9])
+    line = recorded(tmp_path, correction=Diagnostics(1.0, 0.25, 0.0, -1.0, 0.5, 0.75), gap=apart)
+    gap = line.pop("gap")
+    assert (gap["tokens"], gap["kl"]["k1"], gap["extremes"][0]["token"]) == (2, 0.25, 8)
     assert line == plain | {
         "correction_weight_mean": 1.0, "correction_clipped_share": 0.25, "correction_masked_share": 0.0,
         "correction_log_ratio_min": -1.0, "correction_log_ratio_max": 0.5, "correction_ess": 0.75,
     }  # fmt: skip
     text = (ROOT / "docs" / "metrics.md").read_text()
-    assert [name for name in line if f"`{name}`" not in text] == []
+    assert [name for name in (*line, "gap") if f"`{name}`" not in text] == []

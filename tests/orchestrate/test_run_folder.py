@@ -124,13 +124,21 @@ def test_report_shows_reward_and_control(config, tmp_path):
             "mismatched_tokens": 49,
             "max_abs_diff": 0.25,
             "kl": {"k1": 1e-3, "k2": 2e-3, "k3": 3e-3},
+            "gap": {"extremes": [{"sample": 3, "position": 4, "token": 777, "rollout": -1.25, "trainer": -1.5}]},
         }
         (folder.path / report.CONTROL).write_text(json.dumps(control))
         page, png = report.write(folder.path)
     text = page.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
     assert base64.b64encode(png.read_bytes()).decode() in text
-    for part in ("every log-probability equal", "0.1500", "0.7500 (+0.6000)", "0.003", "&quot;{prompt}"):
+    for part in (
+        "every log-probability equal",
+        "0.1500",
+        "0.7500 (+0.6000)",
+        "0.003",
+        "&quot;{prompt}",
+        "<td>777</td><td>-1.25</td>",
+    ):
         assert part in text
 
 
@@ -139,6 +147,7 @@ def test_report_says_so_when_bits_differ(tmp_path):
     file.append(step(1, mismatched_tokens=1, max_abs_diff=float("nan"), kl_k3=float("nan"), kl_k1=float("nan")))
     file.close()
     nothing = {"tokens": 5, "mismatched_tokens": 5, "max_abs_diff": None, "kl": {"k1": None, "k2": None, "k3": None}}
+    nothing["gap"] = {"extremes": [{"sample": 0, "position": 0, "token": 1, "rollout": None, "trainer": -1.5}]}
     (tmp_path / report.CONTROL).write_text(json.dumps(nothing))
     text = report.write(tmp_path)[0].read_text()
     assert "NOT equal" in text
