@@ -2,8 +2,9 @@
 
 A *record* belongs to one sample: unsigned integers [tokens, sparse layers, top_k], the experts of every token the
 engine fed forward (prompt and response without its last token) in slot order. It takes one byte a slot, or two beyond
-256 experts. The records of a micro-batch lie end to end in one *slab*, as its tokens do, and a `Replay` hands the slab
-out layer by layer and counts that every layer took it exactly as often as it ran.
+256 experts. The turns of a conversation add theirs (`join`). The records of a micro-batch lie end to end in one *slab*,
+as its tokens do, and a `Replay` hands the slab out layer by layer and counts that every layer took it exactly as often
+as it ran.
 (W. Ma et al., "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers", 2025.)
 """
 
@@ -67,6 +68,28 @@ def check_record(record: np.ndarray | None, router: Router, tokens: int, sample:
     ordered = np.sort(record, axis=-1)
     if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
         raise RoutingError(f"{sample}: the routing record names one expert twice for a token")
+
+
+def join(records: Sequence[np.ndarray | None], lengths: Sequence[int], sample: str) -> np.ndarray | None:
+    """The record of a conversation from those of its turns, each of which covers everything before it too; None if no
+    turn has one. What two turns have both recorded stays as in the earlier one, which sampled from it.
+
+    ``lengths``: the tokens fed forward in each turn. Raises RoutingError naming sample and turn where a record is
+    missing or has another length.
+    """
+    if all(record is None for record in records):
+        return None
+    parts: list[np.ndarray] = []
+    done = 0
+    for turn, (record, length) in enumerate(zip(records, lengths, strict=True)):
+        where = f"{sample}, turn {turn}" if len(records) > 1 else sample
+        if record is None:
+            raise RoutingError(f"{where} has no routing record, other turns have")
+        if len(record) != length:
+            raise RoutingError(f"{where}: a routing record of {len(record)} tokens for {length} tokens")
+        parts.append(record[done:])
+        done = length
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def slab(records: Sequence[np.ndarray | None], lengths: Sequence[int]) -> torch.Tensor | None:

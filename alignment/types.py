@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +59,10 @@ class Generation:
     routed_experts: np.ndarray | None = None
 
 
+Turn = tuple[Request, Generation]
+"""What was asked and what came back; in a conversation, the prompt holds everything before it."""
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Sequences laid end to end, as the trainer sees them (no padding).
@@ -90,42 +95,43 @@ class PackedBatch:
         if len(requests) != len(generations) or not requests:
             got = f"{len(requests)} requests, {len(generations)} generations"
             raise ValueError(f"pack needs as many generations as requests, and at least one: got {got}")
-        tokens: list[int] = []
-        positions: list[int] = []
-        cu = [0]
-        rows: list[int] = []
-        targets: list[int] = []
-        sampling: list[tuple[float, float, int]] = []
-        owner: list[int] = []
-        for index, (request, generation) in enumerate(zip(requests, generations, strict=True)):
-            if not request.input_ids:
-                raise ValueError(f"request {index} has an empty prompt: nothing precedes its first sampled token")
-            # the last sampled token is never fed back, exactly as in decoding
-            ids = (
-                [*request.input_ids, *generation.output_ids[:-1]] if generation.output_ids else list(request.input_ids)
+        return PackedBatch.pack_turns([[pair] for pair in zip(requests, generations, strict=True)])
+
+    @staticmethod
+    def pack_turns(samples: Sequence[Sequence[Turn]]) -> PackedBatch:
+        """Pack conversations, one sequence each: a turn's prompt holds the whole conversation before it (earlier
+        responses as sampled, then what tools or users added), and every turn's generated tokens become targets.
+
+        By R0 and R5 of the contract a token's log-probability does not depend on the turns after it. Routing records
+        of the turns add up: each one's new tokens follow those already recorded.
+        Raises ValueError, naming sample and turn, for an empty prompt, or one that does not continue the turn before;
+        RoutingError for routing records that do not fit.
+        """
+        if not samples or not all(samples):
+            raise ValueError("pack_turns needs at least one sample, and a turn in each")
+        laid = [_lay_out(turns, f"sample {index}") for index, turns in enumerate(samples)]
+        lengths = [len(one.tokens) for one in laid]
+        cu = np.cumsum([0, *lengths])
+        records = [
+            routing_replay.join(
+                [g.routed_experts for _, g in turns], [_fed(*turn) for turn in turns], f"sample {index}"
             )
-            start, first = cu[-1], cu[-1] + len(request.input_ids) - 1
-            tokens += ids
-            positions += range(len(ids))
-            cu.append(start + len(ids))
-            n = len(generation.output_ids)
-            rows += range(first, first + n)
-            targets += generation.output_ids
-            s = request.sampling
-            greedy = s.temperature == 0 or s.top_k == 1  # SGLang's own form of greedy
-            sampling += [(1.0, 1.0, 0) if greedy else (s.temperature, s.top_p, s.top_k)] * n
-            owner += [index] * n
+            for index, turns in enumerate(samples)
+        ]
+        sampling = [triple for one in laid for triple in one.sampling]
         return PackedBatch(
-            tokens=torch.tensor(tokens, dtype=torch.int64),
-            positions=torch.tensor(positions, dtype=torch.int64),
+            tokens=torch.tensor([t for one in laid for t in one.tokens], dtype=torch.int64),
+            positions=torch.tensor([at for length in lengths for at in range(length)], dtype=torch.int64),
             cu_seqlens=torch.tensor(cu, dtype=torch.int32),
-            rows=torch.tensor(rows, dtype=torch.int64),
-            targets=torch.tensor(targets, dtype=torch.int64),
+            rows=torch.tensor(
+                [int(start) + row for start, one in zip(cu, laid, strict=False) for row in one.rows], dtype=torch.int64
+            ),
+            targets=torch.tensor([t for one in laid for t in one.targets], dtype=torch.int64),
             temperature=torch.tensor([s[0] for s in sampling], dtype=torch.float32),
             top_p=torch.tensor([s[1] for s in sampling], dtype=torch.float32),
             top_k=torch.tensor([s[2] for s in sampling], dtype=torch.int32),
-            sequence=torch.tensor(owner, dtype=torch.int64),
-            routed_experts=routing_replay.slab([g.routed_experts for g in generations], np.diff(cu).tolist()),
+            sequence=torch.tensor([i for i, one in enumerate(laid) for _ in one.rows], dtype=torch.int64),
+            routed_experts=routing_replay.slab(records, lengths),
         )
 
     def padded(self, multiple: int) -> PackedBatch:
@@ -152,3 +158,37 @@ class PackedBatch:
         """The batch on a device."""
         tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return replace(self, **tensors)
+
+
+class _Sequence(NamedTuple):
+    """One sample's part of a packed batch; ``rows`` count from its first token."""
+
+    tokens: list[int]
+    rows: list[int]
+    targets: list[int]
+    sampling: list[tuple[float, float, int]]
+
+
+def _fed(request: Request, generation: Generation) -> int:
+    """How many tokens the engine fed forward: the last sampled one is not, unless a later turn does."""
+    return len(request.input_ids) + max(0, len(generation.output_ids) - 1)
+
+
+def _lay_out(turns: Sequence[Turn], sample: str) -> _Sequence:
+    out = _Sequence([], [], [], [])
+    said: tuple[int, ...] = ()
+    for index, (request, generation) in enumerate(turns):
+        if not request.input_ids:
+            raise ValueError(f"{sample}, turn {index} has an empty prompt: nothing precedes its first sampled token")
+        if request.input_ids[: len(said)] != said:
+            raise ValueError(
+                f"{sample}, turn {index}: its prompt does not begin with the turns before it, token by token"
+            )
+        n, s = len(generation.output_ids), request.sampling
+        out.rows.extend(range(len(request.input_ids) - 1, len(request.input_ids) - 1 + n))
+        out.targets.extend(generation.output_ids)
+        greedy = s.temperature == 0 or s.top_k == 1  # SGLang's own form of greedy
+        out.sampling.extend([(1.0, 1.0, 0) if greedy else (s.temperature, s.top_p, s.top_k)] * n)
+        said = request.input_ids + tuple(generation.output_ids)
+    out.tokens.extend(said[: _fed(*turns[-1])])
+    return out

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from zerokl.alignment.routing import Router, RoutingError
-from zerokl.alignment.routing_replay import Replay, check_record, pack, record_dtype, slab, unpack
+from zerokl.alignment.routing_replay import Replay, check_record, join, pack, record_dtype, slab, unpack
 
 ROUTER = Router(experts=8, top_k=3, first_layer=1, layers=3)  # one dense layer before two sparse ones
 TOKENS = 5
@@ -84,6 +84,18 @@ def test_a_slab_is_the_records_end_to_end():
         slab(records, [4, 1, 8])
     with pytest.raises(RoutingError, match="sample 1: its routing record"):
         slab([records[0], records[1][:, :1]], [4, 1])
+
+
+def test_turns_add_what_is_new_in_them():
+    first, second = pack(captured(seed=1), ROUTER, TOKENS, ""), pack(captured(tokens=9, seed=2), ROUTER, 9, "")
+    whole = join([first, second], [5, 9], "sample 4")
+    assert np.array_equal(whole, np.concatenate([first, second[5:]]))  # the earlier turn sampled from its own
+    assert join([None, None], [5, 9], "") is None
+    assert np.shares_memory(join([first], [5], ""), first)
+    with pytest.raises(RoutingError, match="sample 4, turn 1 has no routing record"):
+        join([first, None], [5, 9], "sample 4")
+    with pytest.raises(RoutingError, match="sample 4, turn 1: a routing record of 9 tokens for 8 tokens"):
+        join([first, second], [5, 8], "sample 4")
 
 
 def replay(**changes):

@@ -8,6 +8,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from zerokl.alignment.megatron.model_config import ModelConfig
@@ -86,6 +87,29 @@ def main(model: str, out: Path) -> None:
                 "differing_tokens": policy.differing_tokens - before,
             }
 
+        def check_turns(name: str) -> None:
+            """Conversations: each turn's prompt is everything before it and some more; scored as one sequence each."""
+            made, said = requests(4, seed=65), []
+            for turn in range(3):
+                said.append((made, engine.generate(made, timeout_s=300)))
+                more = requests(4, seed=66 + turn, lengths=(1, 9))
+                made = [
+                    Request((*r.input_ids, *g.output_ids, *m.input_ids), m.sampling)
+                    for r, g, m in zip(*said[-1], more, strict=True)
+                ]
+            samples = [[(rs[i], gs[i]) for rs, gs in said] for i in range(4)]
+            generations = [g for turns in samples for _, g in turns]
+            before = policy.differing_tokens
+            scored = policy.logprobs(PackedBatch.pack_turns(samples)).detach().numpy()
+            ends = np.cumsum([len(g.output_ids) for g in generations])[:-1]
+            found = compare(generations, np.split(scored, ends))
+            results[name] = found.to_json() | {
+                "equal": found.equal,
+                "expected_tokens": 3 * 4 * 8,
+                "cached_tokens": sum(g.cached_tokens for g in generations),
+                "differing_tokens": policy.differing_tokens - before,
+            }
+
         for count in (1, 2, 7, 32):
             check(f"batch {count}", requests(count, seed=count))
         check("longer than a prefill chunk", requests(2, seed=50, lengths=(3 * CHUNK + 5, 3 * CHUNK + 9)))
@@ -100,6 +124,7 @@ def main(model: str, out: Path) -> None:
         for mode in modes:
             policy.replay = mode
             check(f"replay {mode}", requests(8, seed=64))
+        check_turns("three turns")
         train_and_push(policy, engine, requests(4, seed=59))
         check("after a step and a weight sync", requests(8, seed=60))
         same = engine.weights_digest(timeout_s=60) == policy.weights_digest()

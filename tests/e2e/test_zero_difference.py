@@ -10,7 +10,7 @@ import pytest
 MODELS = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3_moe", "tiny-glm4_moe", "smollm2-135m")
 EQUAL = (
     "batch 1", "batch 2", "batch 7", "batch 32", "longer than a prefill chunk", "prefix-cache hit", "temperature 0.6",
-    "temperature 1.7, top-p 0.8", "top-k 20, top-p 0.9", "greedy", "arrivals while others decode",
+    "temperature 1.7, top-p 0.8", "top-k 20, top-p 0.9", "greedy", "arrivals while others decode", "three turns",
     "after a step and a weight sync", "after the weight sync, warm prefix",
 )  # fmt: skip
 
@@ -41,6 +41,7 @@ def test_no_bit_differs(outcome, scenario):
 def test_the_scenarios_reach_what_they_are_named_for(outcome):
     scenarios = outcome["scenarios"]
     assert scenarios["prefix-cache hit"]["cached_tokens"] >= 4 * 64
+    assert scenarios["three turns"]["cached_tokens"] >= 8 * 8  # later turns hit what earlier ones computed
     # the push flushed what was cached under the old weights: only prefixes of the new ones may be hit
     assert scenarios["after a step and a weight sync"]["cached_tokens"] == 0
     assert scenarios["after a step and a weight sync"]["versions"] == ["1"]
