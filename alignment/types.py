@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ class PackedBatch:
     temperature fp32 [n], top_p fp32 [n], top_k int32 [n]: the distribution each was sampled from (greedy, temperature
     0 or top_k 1, is scored at temperature 1 without filters); sequence int64 [n]: the sequence each row belongs to.
     routed_experts uint8 or uint16 [T, sparse layers, top_k]: the slab of routing records, where there are any.
+    ``order``: a training step takes its micro-batches by ascending order, those of equal order as they are handed in.
     """
 
     tokens: torch.Tensor
@@ -79,9 +81,10 @@ class PackedBatch:
     top_k: torch.Tensor
     sequence: torch.Tensor = field(repr=False)
     routed_experts: torch.Tensor | None = field(default=None, repr=False)
+    order: int = 0
 
     @staticmethod
-    def pack(requests: Sequence[Request], generations: Sequence[Generation]) -> PackedBatch:
+    def pack(requests: Sequence[Request], generations: Sequence[Generation], *, order: int = 0) -> PackedBatch:
         """Pack prompt + response of each pair, in the order given; every generated token becomes a target.
 
         Raises ValueError for unequal lengths, an empty prompt or an empty batch, RoutingError for routing records
@@ -126,6 +129,7 @@ class PackedBatch:
             top_k=torch.tensor([s[2] for s in sampling], dtype=torch.int32),
             sequence=torch.tensor(owner, dtype=torch.int64),
             routed_experts=routing_replay.slab([g.routed_experts for g in generations], np.diff(cu).tolist()),
+            order=order,
         )
 
     def padded(self, multiple: int) -> PackedBatch:
@@ -150,5 +154,5 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on a device."""
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        tensors: dict[str, Any] = {n: x.to(device) for n, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return replace(self, **tensors)
