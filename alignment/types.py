@@ -68,7 +68,8 @@ class PackedBatch:
     temperature fp32 [n], top_p fp32 [n], top_k int32 [n]: the distribution each was sampled from (greedy, temperature
     0 or top_k 1, is scored at temperature 1 without filters); sequence int64 [n]: the sequence each row belongs to.
     routed_experts uint8 or uint16 [T, sparse layers, top_k]: the slab of routing records, where there are any.
-    ``order``: a training step takes its micro-batches by ascending order, those of equal order as they are handed in.
+    ``padding``: how many of the last tokens are there for the layout's sake only. ``order``: a training step takes its
+    micro-batches by ascending order, those of equal order as they are handed in.
     """
 
     tokens: torch.Tensor
@@ -81,6 +82,7 @@ class PackedBatch:
     top_k: torch.Tensor
     sequence: torch.Tensor = field(repr=False)
     routed_experts: torch.Tensor | None = field(default=None, repr=False)
+    padding: int = 0
     order: int = 0
 
     @staticmethod
@@ -150,6 +152,7 @@ class PackedBatch:
             positions=torch.cat([self.positions, zeros]),
             cu_seqlens=torch.cat([self.cu_seqlens, last + torch.arange(1, missing + 1, dtype=torch.int32)]),
             routed_experts=records,
+            padding=self.padding + missing,
         )
 
     def to(self, device: torch.device) -> PackedBatch:

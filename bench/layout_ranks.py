@@ -152,30 +152,29 @@ def _dense() -> list[Case]:
 
 def _sparse() -> list[Case]:
     rows = []
+    pair, stages = Layout(tensor=2, segments=SEGMENTS), Layout(pipeline=2, segments=SEGMENTS)
+    parallel = replace(pair, sequence_parallel=True)
     for model in SPARSE:
         for ranks in (2, 4):
             layout = Layout(expert=ranks, segments=SEGMENTS)
             rows.append(Case(model, f"EP {ranks}", layout))
             rows.append(Case(model, f"DP 4, EP {ranks}", layout, dealt=True))
         rows.append(Case(model, "EP 4, recompute, replayed", layout, recompute=True, replayed=True))
-        pair, four = Layout(tensor=2, segments=SEGMENTS), Layout(tensor=4, segments=SEGMENTS)
-        rows.append(Case(model, "TP 2", pair))
-        rows.append(Case(model, "TP 2, sequence parallel", replace(pair, sequence_parallel=True)))
-        rows.append(Case(model, "DP 2, TP 2", pair, dealt=True))
-        rows.append(Case(model, "TP 4, EP 4", replace(four, expert=4)))
-        rows.append(Case(model, "DP 2, TP 2, EP 4", replace(pair, expert=4), dealt=True))
-        mixed = replace(pair, expert=2, sequence_parallel=True)
-        rows.append(
-            Case(model, "TP 2, EP 2, sequence parallel, recompute, replayed", mixed, recompute=True, replayed=True)
-        )
-        stages = Layout(pipeline=2, segments=SEGMENTS)
+        rows.append(Case(model, "TP 2, sequence parallel", parallel))
         rows.append(Case(model, "PP 2", stages))
-        rows.append(Case(model, "PP 2, TP 2, EP 2, replayed", replace(stages, tensor=2, expert=2), replayed=True))
-        virtual = replace(stages, virtual_pipeline=2)
-        rows.append(Case(model, "PP 2, virtual 2, recompute, replayed", virtual, recompute=True, replayed=True))
+        both = replace(stages, tensor=2, expert=2)
+        rows.append(Case(model, "PP 2, TP 2, EP 2, replayed", both, replayed=True))
         rows.append(Case(model, "CP 2", Layout(context=2, segments=SEGMENTS)))
-        rows.append(Case(model, "CP 2, EP 2, replayed", Layout(context=2, expert=2, segments=SEGMENTS), replayed=True))
-        rows.append(Case(model, "CP 2, TP 2, EP 4, replayed", replace(pair, context=2, expert=4), replayed=True))
+    rows.append(Case(model, "TP 2", pair))
+    rows.append(Case(model, "DP 2, TP 2, EP 4", replace(pair, expert=4), dealt=True))
+    mixed = replace(parallel, expert=2)
+    name = "TP 2, EP 2, sequence parallel, recompute, replayed"
+    rows.append(Case(model, name, mixed, recompute=True, replayed=True))
+    rows.append(Case(model, "TP 4, EP 4", Layout(tensor=4, expert=4, segments=SEGMENTS)))
+    virtual = replace(stages, virtual_pipeline=2)
+    rows.append(Case(model, "PP 2, virtual 2", virtual))
+    rows.append(Case(model, "PP 2, virtual 2, recompute, replayed", virtual, recompute=True, replayed=True))
+    rows.append(Case(model, "CP 2, TP 2, EP 4, replayed", replace(pair, context=2, expert=4), replayed=True))
     return rows
 
 

@@ -169,7 +169,7 @@ class MegatronPolicy:
             (logprobs,) = schedule.run(self._scorers, [batch], [replay], None)
         else:
             logprobs = self._scorers[0](batch, replay)
-        self.differing_tokens += _finished(replay, 1)
+        self.differing_tokens += _finished(replay, 1, batch.padding)
         return logprobs
 
     def train_step(self, microbatches: Sequence[PackedBatch], loss_fn: LossFunction) -> StepResult:
@@ -203,7 +203,8 @@ class MegatronPolicy:
             return loss
 
         scored = self._forward_backward([batches[i] for i in turns], [replays[i] for i in turns], checked_loss)
-        differing = sum(_finished(replay, 2 if self.recompute else 1) for replay in replays)
+        passes = 2 if self.recompute else 1
+        differing = sum(_finished(replay, passes, b.padding) for b, replay in zip(batches, replays, strict=True))
         distributed.reduce_gradients(self._ddps)
         grad_norm = self._update(optimizer)
         self.step += 1
@@ -374,12 +375,15 @@ def _check_replay(config: ModelConfig, replay: Mode, *, stock: bool, recompute: 
         raise ModelError("stock layers replay routing without recomputation only; set recompute to false")
 
 
-def _finished(replay: Replay | None, passes: int) -> int:
-    """How many tokens of the micro-batch, over all its ranks, would have been routed otherwise."""
+def _finished(replay: Replay | None, passes: int, padding: int) -> int:
+    """How many tokens of the micro-batch, over all its ranks, would have been routed otherwise; none is padding."""
     if replay is None:
         return 0
     replay.finish(passes)
-    return int(distributed.on_any_rank(replay.differs).sum()) if replay.check else 0
+    if not replay.check:
+        return 0
+    differs = distributed.on_any_rank(replay.differs)
+    return int(differs[: len(differs) - padding].sum())
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -1,33 +1,38 @@
 """One of two processes: `python checkpoint_ranks.py RANK MODEL FOLDER`.
 
-Cuts the model for a layout of both processes, writes Megatron's distributed checkpoint, and reads it in other layouts;
-what it got lies in FOLDER/LAYOUT-RANK.safetensors.
+`exchange`: cuts the model for a layout of both processes, writes Megatron's distributed checkpoint, and reads it in
+other layouts; what it got lies in FOLDER/LAYOUT-RANK.safetensors. `resume`: continues a run that one process saved.
 """
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from zerokl.alignment.megatron import sharded_checkpoint
+from zerokl.alignment.megatron import distributed, sharded_checkpoint
 from zerokl.alignment.megatron.checkpoint import CheckpointError
 from zerokl.alignment.megatron.convert import read_hf_weights
+from zerokl.alignment.megatron.layout import Layout, Place
 from zerokl.alignment.megatron.model_config import ModelConfig
-from zerokl.alignment.megatron.shard import Layout, Rank, shard
+from zerokl.alignment.megatron.optimizer import OptimizerSettings
+from zerokl.alignment.megatron.policy import MegatronPolicy
+from zerokl.alignment.megatron.shard import shard
+from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
 
 # as in Megatron, the expert parallel ranks of the first layout are its tensor parallel ones
-WRITTEN = (Layout(tensor=2, expert=2), [Rank(tensor=0, expert=0), Rank(tensor=1, expert=1)])
+WRITTEN = (Layout(tensor=2, expert=2, segments=2), [Place(tensor=0, expert=0), Place(tensor=1, expert=1)])
 READ = {
     "tensor": WRITTEN,
-    "pipeline": (Layout(pipeline=2), [Rank(pipeline=0), Rank(pipeline=1)]),
-    "experts": (Layout(expert=2), [Rank(expert=0), Rank(expert=1)]),
-    "replicas": (Layout(), [Rank(), Rank()]),
+    "pipeline": (Layout(pipeline=2), [Place(stage=0), Place(stage=1)]),
+    "experts": (Layout(expert=2), [Place(expert=0), Place(expert=1)]),
+    "replicas": (Layout(), [Place(), Place()]),
 }
 
 
-def main(rank: int, model: Path, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def exchange(rank: int, model: Path, folder: Path) -> None:
     config = ModelConfig.load(model)
     layout, places = WRITTEN
     checkpoint = folder / "checkpoint"
@@ -40,6 +45,46 @@ def main(rank: int, model: Path, folder: Path) -> None:
         sharded_checkpoint.load(checkpoint, ModelConfig(**(vars(config) | {"rope_theta": 2.0})), layout, places)
     except CheckpointError as error:
         (folder / f"error-{rank}").write_text(str(error))
+
+
+def policy(model: Path, **layout: int) -> MegatronPolicy:
+    # no clipping: the gradients' norm is equal over layouts only up to the order of its sum
+    settings = OptimizerSettings(learning_rate=1e-3, weight_decay=0.01, clip_grad=1e30)
+    return MegatronPolicy(model, optimizer=settings, threads=1, layout=Layout(segments=2, **layout))
+
+
+def step(trained: MegatronPolicy, seed: int) -> None:
+    """One optimizer step on two drawn micro-batches."""
+    rng = np.random.default_rng(seed)
+    batches = []
+    for prompt, answer in ((6, 9), (20, 15)):
+        ids, zeros = rng.integers(0, 320, prompt + answer).tolist(), np.zeros(answer, np.float32)
+        generation = Generation(tuple(ids[prompt:]), zeros, zeros, "length", "0")
+        batches.append(PackedBatch.pack([Request(tuple(ids[:prompt]), SamplingParams())], [generation]))
+    trained.train_step(batches, lambda logprobs, _: -logprobs.mean())
+
+
+def resume(rank: int, model: Path, folder: Path) -> None:
+    first = policy(model, tensor=2, expert=2)
+    first.load(folder / "one-1")
+    (folder / f"digests-{rank}.json").write_text(json.dumps(first.weights_digest()))
+    first.save(folder / "tensor-1")
+    first.export_hf(folder / "exported")
+    distributed.release()
+    second = policy(model, pipeline=2)
+    second.load(folder / "tensor-1")
+    step(second, 2)
+    second.save(folder / "pipeline-2")
+    try:
+        second.save(folder / "pipeline-2")
+    except CheckpointError as error:
+        (folder / f"exists-{rank}").write_text(str(error))
+
+
+def main(rank: int, model: Path, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    exchange(rank, model, folder)
+    resume(rank, model, folder)
     dist.barrier()
     dist.destroy_process_group()
 
