@@ -54,7 +54,12 @@ def initialise(layout: Layout) -> None:
 
 
 def release() -> None:
-    """Forget Megatron's groups, so that the next policy may take another layout."""
+    """End Megatron's groups, so that the next policy may take another layout.
+
+    Megatron itself only forgets them: their threads and connections would stay, and slow every later layout down.
+    """
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for the world
+        torch.distributed.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
