@@ -37,6 +37,7 @@ from zerokl.alignment.megatron.parts import Holding, WholeTensors, chunk_weights
 from zerokl.alignment.megatron.shard import Held
 from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
+from zerokl.alignment.routing import RoutingError
 from zerokl.alignment.routing_replay import Mode, Replay
 from zerokl.alignment.types import LossFunction, PackedBatch
 
@@ -376,10 +377,19 @@ def _check_replay(config: ModelConfig, replay: Mode, *, stock: bool, recompute: 
 
 
 def _finished(replay: Replay | None, passes: int, padding: int) -> int:
-    """How many tokens of the micro-batch, over all its ranks, would have been routed otherwise; none is padding."""
+    """How many tokens of the micro-batch, over all its ranks, would have been routed otherwise; none is padding.
+
+    Raises RoutingError, on every rank, if the layers of one did not take their records exactly ``passes`` times.
+    """
     if replay is None:
         return 0
-    replay.finish(passes)
+    failure = None
+    try:
+        replay.finish(passes)
+    except RoutingError as error:
+        failure = error
+    if bool(distributed.on_any_rank(replay.differs.new_tensor([failure is not None]))):
+        raise failure or RoutingError("another rank's layers did not take their routing records as often as they ran")
     if not replay.check:
         return 0
     differs = distributed.on_any_rank(replay.differs)

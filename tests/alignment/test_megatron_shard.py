@@ -238,6 +238,11 @@ def test_a_run_resumes_in_another_layout_bit_for_bit(two_ranks):
     assert "already exists" in (two_ranks / "exists-1").read_text()
 
 
+def test_a_layer_that_forgets_its_records_fails_the_step_on_every_rank(two_ranks):
+    assert "layer 1 took its routing records 0 times, 1 expected" in (two_ranks / "forgot-1").read_text()
+    assert "another rank's layers" in (two_ranks / "forgot-0").read_text()
+
+
 def test_ranks_export_and_digest_the_whole_model(tiny_models, two_ranks):
     alone = policy(tiny_models["glm4-moe"])
     alone.load(two_ranks / "one-1")
