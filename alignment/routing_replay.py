@@ -10,7 +10,7 @@ as it ran.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -116,41 +116,63 @@ def slab(records: Sequence[np.ndarray | None], lengths: Sequence[int]) -> torch.
 
 
 class Replay:
-    """One micro-batch's slab while its forward, and recomputation in the backward, run."""
+    """One micro-batch's slab while its forward, and recomputation in the backward, run on one rank."""
 
-    def __init__(self, slab: torch.Tensor | None, router: Router, tokens: int, *, check: bool) -> None:
-        """Raises RoutingError if the slab is missing or does not fit the model and the micro-batch."""
+    def __init__(
+        self,
+        slab: torch.Tensor | None,
+        router: Router,
+        tokens: int,
+        *,
+        check: bool,
+        layers: Iterable[int] | None = None,
+        own: slice | None = None,
+    ) -> None:
+        """``layers``: those of the model that run on this rank (None: all); ``own``: the tokens that it routes.
+
+        Raises RoutingError if the slab is missing or does not fit the model and the micro-batch.
+        """
         if slab is None:
             raise RoutingError("the micro-batch has no routing records: sample with an engine that captures experts")
         shape = (tokens, router.sparse_layers, router.top_k)
         if tuple(slab.shape) != shape:
             raise RoutingError(f"the micro-batch's routing records are {tuple(slab.shape)}, needs {shape}")
         self.check = check
-        self._slab = slab
+        self._own = slice(0, tokens) if own is None else own
+        self._slab = slab[self._own]
         self._first_layer = router.first_layer
-        self._taken = [0] * router.sparse_layers
-        self._differs = torch.zeros(tokens, dtype=torch.bool)
+        held = range(router.layers) if layers is None else layers
+        self._taken = dict.fromkeys((layer for layer in held if layer >= router.first_layer), 0)
+        self._differs = torch.zeros(tokens, dtype=torch.bool, device=slab.device)
 
     def take(self, layer: int) -> torch.Tensor:
-        """int64 [T, top_k]: the experts of ``layer`` (from 0, dense ones counted), for one pass over it."""
-        index = layer - self._first_layer
-        self._taken[index] += 1
-        return self._slab[:, index].to(torch.int64)
+        """int64 [own tokens, top_k]: the experts of ``layer`` (from 0, dense ones counted), for one pass over it.
+
+        Raises RoutingError for a layer that this rank does not hold.
+        """
+        if layer not in self._taken:
+            raise RoutingError(f"layer {layer} asks for routing records, this rank holds {sorted(self._taken)}")
+        self._taken[layer] += 1
+        return self._slab[:, layer - self._first_layer].to(torch.int64)
 
     def compare(self, layer: int, live: torch.Tensor) -> None:
-        """Note the tokens whose ``live`` experts [T, top_k] are others, or stand in other slots, than replayed."""
+        """Note the tokens whose ``live`` experts [own tokens, top_k] are others, or in other slots, than replayed."""
         replayed = self._slab[:, layer - self._first_layer].to(torch.int64)
-        self._differs |= (live != replayed).any(-1)
+        self._differs[self._own] |= (live != replayed).any(-1)
+
+    @property
+    def differs(self) -> torch.Tensor:
+        """bool [tokens]: which of the micro-batch's tokens differed in any layer of this rank so far."""
+        return self._differs
 
     @property
     def differing_tokens(self) -> int:
-        """How many tokens differed in any layer so far."""
+        """How many those are."""
         return int(self._differs.sum())
 
     def finish(self, passes: int) -> None:
-        """Raise RoutingError unless every layer took its records ``passes`` times (2 with recomputation, else 1)."""
-        for index, taken in enumerate(self._taken):
+        """Raise RoutingError unless every layer of this rank took its records ``passes`` times (2 with recomputation,
+        else 1)."""
+        for layer, taken in self._taken.items():
             if taken != passes:
-                raise RoutingError(
-                    f"layer {index + self._first_layer} took its routing records {taken} times, {passes} expected"
-                )
+                raise RoutingError(f"layer {layer} took its routing records {taken} times, {passes} expected")

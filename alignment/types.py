@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ class PackedBatch:
     temperature fp32 [n], top_p fp32 [n], top_k int32 [n]: the distribution each was sampled from (greedy, temperature
     0 or top_k 1, is scored at temperature 1 without filters); sequence int64 [n]: the sequence each row belongs to.
     routed_experts uint8 or uint16 [T, sparse layers, top_k]: the slab of routing records, where there are any.
+    ``padding``: how many of the last tokens are there for the layout's sake only. ``order``: a training step takes its
+    micro-batches by ascending order, those of equal order as they are handed in.
     """
 
     tokens: torch.Tensor
@@ -84,9 +86,11 @@ class PackedBatch:
     top_k: torch.Tensor
     sequence: torch.Tensor = field(repr=False)
     routed_experts: torch.Tensor | None = field(default=None, repr=False)
+    padding: int = 0
+    order: int = 0
 
     @staticmethod
-    def pack(requests: Sequence[Request], generations: Sequence[Generation]) -> PackedBatch:
+    def pack(requests: Sequence[Request], generations: Sequence[Generation], *, order: int = 0) -> PackedBatch:
         """Pack prompt + response of each pair, in the order given; every generated token becomes a target.
 
         Raises ValueError for unequal lengths, an empty prompt or an empty batch, RoutingError for routing records
@@ -95,10 +99,10 @@ class PackedBatch:
         if len(requests) != len(generations) or not requests:
             got = f"{len(requests)} requests, {len(generations)} generations"
             raise ValueError(f"pack needs as many generations as requests, and at least one: got {got}")
-        return PackedBatch.pack_turns([[pair] for pair in zip(requests, generations, strict=True)])
+        return PackedBatch.pack_turns([[pair] for pair in zip(requests, generations, strict=True)], order=order)
 
     @staticmethod
-    def pack_turns(samples: Sequence[Sequence[Turn]]) -> PackedBatch:
+    def pack_turns(samples: Sequence[Sequence[Turn]], *, order: int = 0) -> PackedBatch:
         """Pack conversations, one sequence each: a turn's prompt holds the whole conversation before it (earlier
         responses as sampled, then what tools or users added), and every turn's generated tokens become targets.
 
@@ -132,6 +136,7 @@ class PackedBatch:
             top_k=torch.tensor([s[2] for s in sampling], dtype=torch.int32),
             sequence=torch.tensor([i for i, one in enumerate(laid) for _ in one.rows], dtype=torch.int64),
             routed_experts=routing_replay.slab(records, lengths),
+            order=order,
         )
 
     def padded(self, multiple: int) -> PackedBatch:
@@ -152,11 +157,12 @@ class PackedBatch:
             positions=torch.cat([self.positions, zeros]),
             cu_seqlens=torch.cat([self.cu_seqlens, last + torch.arange(1, missing + 1, dtype=torch.int32)]),
             routed_experts=records,
+            padding=self.padding + missing,
         )
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on a device."""
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        tensors: dict[str, Any] = {n: x.to(device) for n, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return replace(self, **tensors)
 
 

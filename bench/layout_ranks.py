@@ -23,7 +23,9 @@ from zerokl.alignment.megatron.layout import Layout
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.optimizer import OptimizerSettings
 from zerokl.alignment.megatron.policy import MegatronPolicy
-from zerokl.alignment.megatron.sharding import shard, whole_names
+from zerokl.alignment.megatron.shard import Held, take
+from zerokl.alignment.routing import Router
+from zerokl.alignment.routing_replay import record_dtype
 from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
 
 SEGMENTS = 4
@@ -54,7 +56,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "norm_topk_prob": True,
     },
+    # a dense layer first, biases, groups of experts, a selection bias, shared experts
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "tie_word_embeddings": False,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+    },
 }
+SPARSE = ("qwen3_moe", "glm4_moe")
 
 
 @dataclass(frozen=True)
@@ -62,8 +83,9 @@ class Case:
     """One row: how the model is laid out, and how the sequences are dealt.
 
     ``batches``: sequences of each micro-batch; ``dealt``: data-parallel ranks share the micro-batches, otherwise each
-    runs all of them with a loss scaled down by their number, an exact power of two. ``control``: another order of
-    addition, whose bits must differ, or the comparison shows nothing.
+    runs all of them with a loss scaled down by their number, an exact power of two. ``replayed``: along drawn experts,
+    compared with one rank along the same. ``backwards``: the micro-batches are handed in last first. ``control``:
+    another order of addition, whose bits must differ, or the comparison shows nothing.
     """
 
     model: str
@@ -73,6 +95,8 @@ class Case:
     dealt: bool = False
     recompute: bool = False
     pad_to: int = 1
+    replayed: bool = False
+    backwards: bool = False
     control: bool = False
 
 
@@ -82,12 +106,25 @@ _TOGETHER, _ALONE = (tuple(range(8)),), tuple((i,) for i in range(8))
 
 def cases() -> list[Case]:
     """Every row, each model's first being the reference of its others; the same layouts next to each other."""
+    return _one_rank() + _dense() + _sparse()
+
+
+def _one_rank() -> list[Case]:
     rows = [Case(model, "one rank", ONE) for model in MODELS]
+    rows += [Case(model, "one rank, replayed", ONE, replayed=True) for model in SPARSE]
+    rows += [Case(model, "recompute, replayed", ONE, replayed=True, recompute=True) for model in SPARSE]
     rows += [Case(model, "micro-batches of 8", ONE, batches=_TOGETHER) for model in MODELS]
+    rows += [Case(model, "micro-batches handed in backwards", ONE, backwards=True) for model in MODELS]
     rows += [Case(model, "recompute", ONE, recompute=True) for model in MODELS]
     rows += [Case(model, "DP 4", ONE, dealt=True) for model in MODELS]
     rows += [Case(model, "one segment: must differ", Layout(), control=True) for model in MODELS]
-    rows += [Case("llama", "micro-batches of 1", ONE, batches=_ALONE), Case("llama", "padded to 64", ONE, pad_to=64)]
+    for model in ("llama", "glm4_moe"):
+        rows += [Case(model, "micro-batches of 1", ONE, batches=_ALONE), Case(model, "padded to 64", ONE, pad_to=64)]
+    return rows
+
+
+def _dense() -> list[Case]:
+    rows = []
     for model in ("llama", "qwen3"):
         for ranks in (2, 4):
             name, layout = f"TP {ranks}", Layout(tensor=ranks, segments=SEGMENTS)
@@ -110,11 +147,34 @@ def cases() -> list[Case]:
     rows += [Case(model, "CP 2", positions) for model in ("llama", "qwen3")]
     rows.append(Case("llama", "CP 2, recompute", positions, recompute=True))
     rows.append(Case("qwen3", "CP 2, TP 2, sequence parallel", replace(positions, tensor=2, sequence_parallel=True)))
-    for ranks in (2, 4):
-        layout = Layout(expert=ranks, segments=SEGMENTS)
-        rows.append(Case("qwen3_moe", f"EP {ranks}", layout))
-        rows.append(Case("qwen3_moe", f"DP 4, EP {ranks}", layout, dealt=True))
-    rows.append(Case("qwen3_moe", "EP 4, recompute", layout, recompute=True))
+    return rows
+
+
+def _sparse() -> list[Case]:
+    rows = []
+    pair, stages = Layout(tensor=2, segments=SEGMENTS), Layout(pipeline=2, segments=SEGMENTS)
+    parallel = replace(pair, sequence_parallel=True)
+    for model in SPARSE:
+        for ranks in (2, 4):
+            layout = Layout(expert=ranks, segments=SEGMENTS)
+            rows.append(Case(model, f"EP {ranks}", layout))
+            rows.append(Case(model, f"DP 4, EP {ranks}", layout, dealt=True))
+        rows.append(Case(model, "EP 4, recompute, replayed", layout, recompute=True, replayed=True))
+        rows.append(Case(model, "TP 2, sequence parallel", parallel))
+        rows.append(Case(model, "PP 2", stages))
+        both = replace(stages, tensor=2, expert=2)
+        rows.append(Case(model, "PP 2, TP 2, EP 2, replayed", both, replayed=True))
+        rows.append(Case(model, "CP 2", Layout(context=2, segments=SEGMENTS)))
+    rows.append(Case(model, "TP 2", pair))
+    rows.append(Case(model, "DP 2, TP 2, EP 4", replace(pair, expert=4), dealt=True))
+    mixed = replace(parallel, expert=2)
+    name = "TP 2, EP 2, sequence parallel, recompute, replayed"
+    rows.append(Case(model, name, mixed, recompute=True, replayed=True))
+    rows.append(Case(model, "TP 4, EP 4", Layout(tensor=4, expert=4, segments=SEGMENTS)))
+    virtual = replace(stages, virtual_pipeline=2)
+    rows.append(Case(model, "PP 2, virtual 2", virtual))
+    rows.append(Case(model, "PP 2, virtual 2, recompute, replayed", virtual, recompute=True, replayed=True))
+    rows.append(Case(model, "CP 2, TP 2, EP 4, replayed", replace(pair, context=2, expert=4), replayed=True))
     return rows
 
 
@@ -133,39 +193,57 @@ def make_model(folder: Path, raw: dict[str, Any]) -> Path:
     return folder
 
 
-def samples() -> list[tuple[Request, Generation]]:
+def samples(router: Router | None) -> list[tuple[Request, Generation]]:
+    """Drawn prompts, answers and, for ``router``, experts: others than the model would choose."""
     rng = np.random.default_rng(0)
     pairs = []
     for prompt, answer in LENGTHS:
         ids = rng.integers(0, VOCABULARY, prompt + answer).tolist()
         zeros = np.zeros(answer, np.float32)
         request = Request(tuple(ids[:prompt]), SamplingParams(temperature=0.8))
-        pairs.append((request, Generation(tuple(ids[prompt:]), zeros, zeros, "length", "0")))
+        record = None
+        if router is not None:
+            drawn = np.random.default_rng(1).random((prompt + answer - 1, router.sparse_layers, router.experts))
+            record = drawn.argsort(-1)[..., : router.top_k].astype(record_dtype(router))
+        pairs.append((request, Generation(tuple(ids[prompt:]), zeros, zeros, "length", "0", routed_experts=record)))
     return pairs
 
 
 @dataclass
 class Outcome:
-    """What one rank got: log-probabilities by sequence, and gradients by parameter."""
+    """What one rank got: log-probabilities by sequence, per chunk what it holds and the gradients of that, the
+    gradients' norm, and the tokens of its micro-batches that the router would have sent to other experts."""
 
     logprobs: dict[int, torch.Tensor]
-    gradients: dict[str, torch.Tensor]
-    chunks: list[Any]
+    gradients: list[tuple[Held, dict[str, torch.Tensor]]]
+    norm: float
+    differing: int
 
 
 def train(folder: Path, case: Case, device: str) -> Outcome:
     """Scores the case's sequences and takes one step on them, at learning rate 0 and without clipping."""
-    settings = OptimizerSettings(learning_rate=0.0, clip_grad=1e30)
     policy = MegatronPolicy(
-        folder, optimizer=settings, layout=case.layout, recompute=case.recompute, threads=1, device=device
+        folder,
+        optimizer=OptimizerSettings(learning_rate=0.0, clip_grad=1e30),
+        layout=case.layout,
+        recompute=case.recompute,
+        replay="check" if case.replayed else "off",
+        threads=1,
+        device=device,
     )
-    pairs = samples()
+    moe = policy.config.moe
+    pairs = samples(moe.router if moe is not None and case.replayed else None)
     copies = parallel_state.get_data_parallel_world_size()
     batches = list(case.batches)
     if case.dealt:
         batches = batches[parallel_state.get_data_parallel_rank() :: copies]
+    if case.backwards:
+        batches.reverse()
     scale = 1.0 if case.dealt else 1.0 / copies
-    packed = [PackedBatch.pack(*zip(*[pairs[i] for i in batch], strict=True)).padded(case.pad_to) for batch in batches]
+    packed = [
+        PackedBatch.pack(*zip(*[pairs[i] for i in batch], strict=True), order=batch[0]).padded(case.pad_to)
+        for batch in batches
+    ]
     scored = [policy.logprobs(batch).detach() for batch in packed]
     step = policy.train_step(packed, lambda logprobs, _: -logprobs.sum() * scale)
     for alone, trained in zip(scored, step.logprobs, strict=True):
@@ -174,33 +252,34 @@ def train(folder: Path, case: Case, device: str) -> Outcome:
     for batch, logprobs in zip(batches, scored, strict=True):
         parts = logprobs.cpu().split([LENGTHS[i][1] for i in batch])
         by_sequence |= dict(zip(batch, parts, strict=True))
-    gradients = {
-        whole: dict(chunk.named_parameters())[own].main_grad.cpu().clone()
-        for chunk in policy.chunks
-        for own, whole in whole_names(chunk)
-    }
-    return Outcome(by_sequence, gradients, policy.chunks)
+    gradients = [
+        (held, {name: p.main_grad.cpu().clone() for name, p in chunk.named_parameters()})
+        for held, chunk in zip(policy.held, policy.chunks, strict=True)
+    ]
+    return Outcome(by_sequence, gradients, step.grad_norm, step.differing_tokens)
 
 
 def compare(outcome: Outcome, reference: Outcome, every: Callable[[float], list[float]]) -> dict[str, Any]:
-    """Numbers over all ranks: tokens compared and differing on this one summed, the gradients' largest difference."""
+    """Numbers over all ranks: tokens compared and differing on this one summed, the largest relative difference of a
+    weight's gradient and of the gradients' norm, and how many ranks counted otherwise routed tokens other than one."""
     tokens = mismatched = 0
     for index, logprobs in outcome.logprobs.items():
         tokens += logprobs.numel()
         equal = logprobs.view(torch.int32) == reference.logprobs[index].view(torch.int32)
         mismatched += int((~equal | ~logprobs.isfinite()).sum())
     worst = 0.0
-    for chunk in outcome.chunks:
-        expected = shard(reference.gradients, chunk)
-        for own, whole in whole_names(chunk):
-            mine = outcome.gradients[whole]
-            if not torch.equal(mine.view(torch.int32), expected[own].view(torch.int32)):
-                difference = (mine - expected[own]).norm() / reference.gradients[whole].norm()
-                worst = max(worst, float(difference))
+    ((_, whole),) = reference.gradients
+    for held, gradients in outcome.gradients:
+        for name, mine in gradients.items():
+            expected = take(whole[held[name][0].name], held[name])
+            if not torch.equal(mine.view(torch.int32), expected.contiguous().view(torch.int32)):
+                worst = max(worst, float((mine - expected).norm() / whole[held[name][0].name].norm()))
     return {
         "tokens": int(sum(every(tokens))),
         "mismatched_tokens": int(sum(every(mismatched))),
         "gradient": max(every(worst)),
+        "norm": max(every(abs(outcome.norm / reference.norm - 1))),
+        "differing_tokens": int(max(every(outcome.differing))),
     }
 
 
@@ -218,18 +297,18 @@ def main(device: str, folder: Path, ranks: int, only: str, rank: int) -> None:
         return [float(part) for part in parts]
 
     folders = {name: make_model(folder / f"{name}-{rank}", raw) for name, raw in MODELS.items()}
-    references: dict[str, Outcome] = {}
+    references: dict[tuple[str, bool], Outcome] = {}
     rows = []
     groups: Layout | None = None
     for case in cases():
-        if case.model in references and only not in case.name:
+        if (case.model, case.replayed) in references and only not in case.name:
             continue
         wanted = replace(case.layout, sequence_parallel=False, segments=case.layout.tensor)
         if groups not in (None, wanted):
             distributed.release()
         groups, began = wanted, time.perf_counter()
         outcome = train(folders[case.model], case, device)
-        reference = references.setdefault(case.model, outcome)
+        reference = references.setdefault((case.model, case.replayed), outcome)
         row = {"model": case.model, "layout": case.name, **compare(outcome, reference, every)}
         rows.append(row | {"control": case.control, "seconds": time.perf_counter() - began})
     if rank == 0:

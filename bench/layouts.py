@@ -68,10 +68,10 @@ def run(device: str, timeout_s: float, only: str = "") -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows for people; the gradient is compared with the same tokens' on one rank."""
-    out = [f"{'model':10} {'layout':34} {'tokens':>7} {'mismatched':>10}  gradient, largest relative difference"]
+    out = [f"{'model':10} {'layout':50} {'tokens':>7} {'mismatched':>10}  gradient, largest relative difference"]
     for row in rows:
         gradient = "equal bits" if row["gradient"] == 0 else f"{row['gradient']:.1e}"
-        out.append(f"{row['model']:10} {row['layout']:34} {row['tokens']:7} {row['mismatched_tokens']:10}  {gradient}")
+        out.append(f"{row['model']:10} {row['layout']:50} {row['tokens']:7} {row['mismatched_tokens']:10}  {gradient}")
     return out
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from zerokl.alignment.megatron import convert_moe
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError, MoeConfig
+from zerokl.alignment.megatron.streams import Reader
 
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -72,14 +72,9 @@ def read_hf_weights(model_dir: str | Path, config: ModelConfig) -> dict[str, tor
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of one file. Raises ModelError naming the file if it is absent, truncated or not safetensors."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist: copy or download the folder again") from error
-    except SafetensorError as error:
-        raise ModelError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+    """Every tensor of one file. Raises as `Reader`."""
+    with Reader(path) as tensors:
+        return dict(tensors)
 
 
 def hf_dtype(name: str) -> torch.dtype:

@@ -20,15 +20,14 @@ def initialise(layout: Layout) -> None:
     """Bring up Megatron's groups for ``layout``, and torch.distributed for one rank if it does not run yet.
 
     More ranks are the caller's to start (torchrun, or `init_process_group`). An in-process store serves a single rank's
-    rendezvous: no port is opened. Raises RuntimeError if the ranks do not divide into the layout, or if Megatron's
-    groups are up in another one (see `release`).
+    rendezvous: no port is opened. Raises LayoutError if the ranks do not divide into the layout, RuntimeError if
+    Megatron's groups are up in another one (see `release`).
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
     world = dist.get_world_size()
-    if world % layout.ranks or world // layout.ranks % layout.expert:
-        raise RuntimeError(f"{world} ranks do not divide into {layout}: start as many as it needs")
+    layout.check_world(world)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
@@ -77,13 +76,31 @@ def reduce_gradients(ddps: Sequence[Any]) -> None:
     for ddp in ddps:
         for name, parameter in ddp.module.named_parameters():
             per_head = "q_layernorm" in name or "k_layernorm" in name
-            per_token = ddp.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            per_token = getattr(parameter, "sequence_parallel", False)
             if per_head or per_token:
                 _sum_into(parameter.main_grad, tensor)
     for ddp in ddps:
         for parameter in ddp.parameters():
             if getattr(parameter, "shared_embedding", False):
                 _sum_into(parameter.main_grad, parallel_state.get_embedding_group())
+
+
+def own_tokens(tokens: int) -> slice:
+    """Which of a micro-batch's ``tokens`` this rank routes: context-parallel ranks share them, then tensor-parallel
+    ones."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    index = parallel_state.get_context_parallel_rank() * tensor + parallel_state.get_tensor_model_parallel_rank()
+    size = tokens // (tensor * parallel_state.get_context_parallel_world_size())
+    return slice(index * size, (index + 1) * size)
+
+
+def on_any_rank(flags: torch.Tensor) -> torch.Tensor:
+    """bool [n]: those set on any of the ranks that compute this micro-batch."""
+    merged = flags.to(torch.uint8)
+    for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+        if group.size() > 1:
+            dist.all_reduce(merged, dist.ReduceOp.MAX, group=group)
+    return merged.bool()
 
 
 def from_last_stage(value: float) -> float:

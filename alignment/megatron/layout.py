@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 
@@ -11,9 +13,23 @@ class LayoutError(ModelError):
     """A layout that cannot be used; the message names the sizes and what is supported."""
 
 
+class Place(NamedTuple):
+    """Which part of the model a chunk is, each number from 0: nothing else decides what it holds.
+
+    ``stage`` counts model chunks in order of depth, virtual stages included.
+    """
+
+    tensor: int = 0
+    stage: int = 0
+    expert: int = 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the parallel dimensions; what the ranks have beyond ``ranks`` is data parallel.
+
+    ``expert``: ranks that share the experts, each expert whole on one (Megatron's expert tensor parallel size is 1).
+    They are neighbours among the tensor-, context- and data-parallel ranks of a pipeline stage.
 
     ``segments`` is G of contract R2: into how many chains a row-parallel product is cut, whatever ``tensor`` is. Log-
     probabilities are equal bits in all layouts of the same G, so both engines take the same: the smallest power of two
@@ -43,7 +59,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Ranks that hold one copy of the model (experts are spread over copies)."""
+        """Ranks that compute one micro-batch (experts may be spread over more)."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -54,12 +70,41 @@ class Layout:
     @property
     def token_multiple(self) -> int:
         """What a micro-batch's number of tokens must be a multiple of; it is padded to that."""
-        return self.context * (self.tensor if self.sequence_parallel else 1)
+        return self.context * self.tensor
 
     @property
     def shards_weights(self) -> bool:
         """Whether a rank holds only a part of the model."""
         return self.tensor * self.pipeline * self.expert > 1
+
+    def check_world(self, world: int) -> None:
+        """Raise LayoutError unless ``world`` ranks divide into this layout."""
+        self._require(
+            world % self.ranks == 0 and world // self.pipeline % self.expert == 0,
+            f"{world} ranks do not divide into {self}: start as many as it needs",
+        )
+
+    def places(self, rank: int, world: int) -> list[Place]:
+        """The chunks of one of ``world`` ranks, in order of depth.
+
+        Ranks count as Megatron's default order does: tensor fastest, then context, then data, pipeline slowest; expert
+        parallel ranks are neighbours. Raises LayoutError if they do not divide.
+        """
+        self.check_world(world)
+        stage, inner = divmod(rank, world // self.pipeline)
+        return [
+            Place(inner % self.tensor, virtual * self.pipeline + stage, inner % self.expert)
+            for virtual in range(self.virtual_pipeline)
+        ]
+
+    def layers(self, place: Place, model: ModelConfig) -> range:
+        """The layers of the whole model, from 0, that the chunk at ``place`` holds."""
+        depth = model.num_hidden_layers // self.stages
+        return range(place.stage * depth, (place.stage + 1) * depth)
+
+    def every_place(self) -> list[Place]:
+        """All of them; ranks may hold fewer combinations of a tensor and an expert part."""
+        return [Place(*at) for at in product(range(self.tensor), range(self.stages), range(self.expert))]
 
     def check(self, model: ModelConfig) -> None:
         """Raise LayoutError naming what of the model does not divide, or what is not supported for it."""
@@ -69,6 +114,11 @@ class Layout:
             "attention's output": heads * head,
             "attention's input projection": (heads + 2 * model.num_key_value_heads) * head,
         }
+        if model.moe is not None:
+            depth |= {
+                "moe_intermediate_size": model.moe.intermediate_size,
+                "the shared experts' width": model.moe.shared_size,
+            }
         for name, width in depth.items():
             self._require(
                 self.segments == 1 or width % (2 * self.segments) == 0,
@@ -89,17 +139,8 @@ class Layout:
         if model.moe is None:
             self._require(self.expert == 1, f"expert={self.expert}, but {model.architecture} is dense")
             return
-        self._require(
-            self.ranks == 1,
-            f"{model.architecture} in tensor={self.tensor}, pipeline={self.pipeline}, context={self.context}; "
-            "supported: 1, 1, 1",
-        )
-        experts, width = model.moe.router.experts, model.moe.intermediate_size
+        experts = model.moe.router.experts
         self._require(experts % self.expert == 0, f"{experts} experts do not divide over expert={self.expert}")
-        self._require(
-            self.segments == 1 or width % (2 * self.segments) == 0,
-            f"moe_intermediate_size {width} does not divide into segments={self.segments} of whole pairs",
-        )
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

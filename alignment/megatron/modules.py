@@ -71,16 +71,14 @@ class ColumnLinear(ColumnParallelLinear):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.gather_output or runtime_gather_output or weight is not None:
             raise NotImplementedError("ColumnLinear: gather_output and a weight of the call are not supported")
+        bias, skipped = (None, self.bias) if self.skip_bias_add else (self.bias, None)
         if self.segments == 1:
-            bias = None if self.skip_bias_add else self.bias
-            return kernels.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
-        if self.bias is not None:
-            raise NotImplementedError("ColumnLinear: a bias with segments above 1 is not supported")
+            return kernels.linear(input_, self.weight, bias), skipped
         if self.config.sequence_parallel:
             input_ = regions.gather_tokens(input_, self.tp_group)
         blocks = self.weight.partition_stride  # 2: gate rows and up rows
-        y = kernels.column_linear(input_, self.weight, segments=self.segments, blocks=blocks, group=self.tp_group)
-        return y, None
+        y = kernels.column_linear(input_, self.weight, bias, segments=self.segments, blocks=blocks, group=self.tp_group)
+        return y, skipped
 
 
 class RowLinear(RowParallelLinear):

@@ -2,18 +2,30 @@
 
 Megatron's own `MoELayer` dispatches through masks and probabilities, whose order of addition is its own. This layer
 stands in its place in the layer spec, spreads experts over ranks, and adds weight gradients to Megatron's main ones.
+
+Ranks that share a micro-batch each route their own part of its tokens, tensor-parallel ones without sequence
+parallelism too: so no token is routed twice, and expert-parallel ranks may be tensor- or context-parallel ones.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from zerokl import kernels
-from zerokl.alignment.megatron import dispatch
-from zerokl.alignment.megatron.core import MegatronModule, TransformerConfig, TransformerLayer, parallel_state
+from zerokl.alignment.megatron import dispatch, regions
+from zerokl.alignment.megatron.core import (
+    MLP,
+    MegatronModule,
+    MLPSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    parallel_state,
+)
 from zerokl.alignment.megatron.model_config import MoeConfig
 from zerokl.alignment.megatron.modules import PackedPositions
 from zerokl.alignment.routing_replay import Replay
@@ -24,11 +36,12 @@ class MoeTransformerConfig(TransformerConfig):
     """TransformerConfig that carries the sparse layers' rules to the modules Megatron builds with it.
 
     Not Megatron's own fields: they cannot say all that a `Router` says, and switch on parts that are not used here.
-    ``segments`` is R2's, of the down projections.
+    ``segments`` is R2's, of the down projections; ``shared_experts``: what their MLP is built of.
     """
 
     moe: MoeConfig
     segments: int
+    shared_experts: MLPSubmodules
 
 
 class Weight(torch.nn.Module):
@@ -41,30 +54,17 @@ class Weight(torch.nn.Module):
 
 
 class RouterWeight(Weight):
-    """The router's matrix [E, H], and the selection bias fp32 [E] where the model has one."""
+    """The router's matrix [E, H], and the selection bias fp32 [E] where the model has one; whole on every rank."""
 
     expert_bias: torch.Tensor | None
 
     def __init__(self, config: MoeTransformerConfig) -> None:
         experts = config.moe.router.experts
         super().__init__(config, experts, config.hidden_size)
+        # each tensor-parallel rank routes its own tokens, as under sequence parallelism: gradients add up over them
+        self.weight.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
         bias = torch.full((experts,), float("nan"), dtype=torch.float32) if config.moe.router.bias else None
         self.register_buffer("expert_bias", bias)
-
-
-class SharedExperts(torch.nn.Module):
-    """SwiGLU that every token passes: fc1 [2 F, H], fc2 [H, F]."""
-
-    def __init__(self, config: MoeTransformerConfig) -> None:
-        super().__init__()
-        self.segments = config.segments
-        self.linear_fc1 = Weight(config, 2 * config.moe.shared_size, config.hidden_size)
-        self.linear_fc2 = Weight(config, config.hidden_size, config.moe.shared_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """bf16 [T, H] -> the same shape."""
-        h = kernels.silu_and_mul(kernels.linear(x, self.linear_fc1.weight))
-        return kernels.linear(h, self.linear_fc2.weight, segments=self.segments)
 
 
 class Experts(torch.nn.Module):
@@ -77,8 +77,11 @@ class Experts(torch.nn.Module):
         experts, ffn, hidden = config.moe.router.experts // ranks, config.moe.intermediate_size, config.hidden_size
         self.linear_fc1 = Weight(config, experts, 2 * ffn, hidden)
         self.linear_fc2 = Weight(config, experts, hidden, ffn)
-        for weight in self.parameters():  # Megatron adds their gradients only over ranks with the same experts
-            weight.allreduce = ranks == 1  # type: ignore[attr-defined]
+        tokens_apart = config.tensor_model_parallel_size > 1
+        for weight in self.parameters():
+            # Megatron adds their gradients only over ranks with the same experts, and counts every rank's in the norm
+            weight.allreduce = ranks == 1 and not tokens_apart  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """bf16 [R, H], rows grouped by expert at ``offsets`` [E + 1] -> the same shape."""
@@ -91,14 +94,13 @@ class MoE(MegatronModule):
 
     def __init__(self, config: MoeTransformerConfig, **_unused: Any) -> None:
         super().__init__(config=config)
-        if config.tensor_model_parallel_size > 1:
-            raise NotImplementedError("MoE: tensor parallelism is not supported; set tensor_model_parallel_size to 1")
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.expert_group = parallel_state.get_expert_model_parallel_group()
         self.rules = config.moe.router
         self.groups = kernels.Groups(self.rules.groups, self.rules.keep_groups)
         self.router = RouterWeight(config)
         self.experts = Experts(config)
-        self.shared_experts = SharedExperts(config) if config.moe.shared_size else None
+        self.shared_experts = _shared(config, self.tensor_group) if config.moe.shared_size else None
         self.layer = -1
         self.replay: Replay | None = None
 
@@ -110,12 +112,21 @@ class MoE(MegatronModule):
         """bf16 [T, 1, H] -> the same shape, and no bias."""
         if padding_mask is not None:
             raise NotImplementedError("MoE: padding_mask is not supported; sequences are packed")
-        x = hidden_states.flatten(0, 1)
+        shared = None if self.shared_experts is None else self.shared_experts(hidden_states)[0]
+        if self.config.sequence_parallel:
+            return self.routed(hidden_states, shared), None
+        own = regions.split_tokens(hidden_states, self.tensor_group)
+        shared = None if shared is None else regions.split_tokens(shared, self.tensor_group)
+        return regions.gather_tokens(self.routed(own, shared), self.tensor_group), None
+
+    def routed(self, hidden_states: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+        """bf16 [t, 1, H] of this rank's tokens -> the same shape: their experts' outputs and ``shared`` combined."""
+        x = hidden_states.flatten(0, 1)  # its gradient adds the router's and the rows' before the shared experts' joins
         routing = self.route(kernels.linear(x, self.router.weight, out_dtype=torch.float32))
         rows, permutation = kernels.moe_permute(x, routing.indices, self.rules.experts)
         y = self.compute(rows, permutation.offsets)
-        shared = None if self.shared_experts is None else self.shared_experts(x)
-        return kernels.moe_combine(y, permutation, routing.weights, shared=shared).view_as(hidden_states), None
+        shared = None if shared is None else shared.flatten(0, 1)
+        return kernels.moe_combine(y, permutation, routing.weights, shared=shared).view_as(hidden_states)
 
     def compute(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """bf16 [R, H], rows grouped by all experts at ``offsets`` -> the same shape, whatever ranks hold them."""
@@ -146,6 +157,13 @@ class MoE(MegatronModule):
             scale=rules.scale,
             replay=replay,
         )
+
+
+def _shared(config: MoeTransformerConfig, group: dist.ProcessGroup) -> MLP:
+    """The SwiGLU that every token passes: a dense MLP of Megatron's in the width of all shared experts."""
+    narrow = copy.copy(config)
+    narrow.ffn_hidden_size = config.moe.shared_size
+    return MLP(narrow, config.shared_experts, ffn_hidden_size=config.moe.shared_size, tp_group=group)
 
 
 class MoELayer(TransformerLayer):

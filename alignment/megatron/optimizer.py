@@ -116,6 +116,23 @@ def build_optimizer(settings: OptimizerSettings, ddp_models: list[torch.nn.Modul
     return optimizer
 
 
+def adam_state(optimizer: Any, chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live fp32 tensors that belong to a chunk's parameters: ``main.``, ``exp_avg.`` and ``exp_avg_sq.`` before its
+    name; moments are made (zero) if no step has been taken."""
+    moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    for inner in optimizer.chained_optimizers:
+        for group in inner.param_groups:
+            moments |= {held: inner.optimizer.state[held] for held in group["params"]}
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in chunk.named_parameters():
+        main: torch.Tensor = getattr(parameter, "main_param")  # noqa: B009  (Megatron's)
+        if not moments[main]:
+            moments[main] |= {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+        state[f"main.{name}"] = main.detach()
+        state |= {f"{key}.{name}": tensor for key, tensor in moments[main].items()}
+    return state
+
+
 @contextmanager
 def _megatron_uses_portable_adam() -> Iterator[None]:
     """The factory takes no optimizer class: it takes its module's ``Adam``, if that passes for a fused one."""

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
-from safetensors.torch import save_file
 
 from zerokl.alignment.architectures import Architecture
-from zerokl.alignment.megatron import checkpoint, convert_moe, distributed, schedule
-from zerokl.alignment.megatron.convert import check_tensors, hf_to_megatron, megatron_to_hf, read_hf_weights
+from zerokl.alignment.megatron import checkpoint, convert_moe, distributed, schedule, streams
+from zerokl.alignment.megatron.convert import (
+    check_tensors,
+    hf_dtype,
+    hf_shapes,
+    hf_to_megatron,
+    megatron_to_hf,
+    read_hf_weights,
+)
 from zerokl.alignment.megatron.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -24,10 +32,12 @@ from zerokl.alignment.megatron.core import (
 )
 from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
-from zerokl.alignment.megatron.optimizer import OptimizerSettings, build_optimizer
-from zerokl.alignment.megatron.sharding import shard
+from zerokl.alignment.megatron.optimizer import OptimizerSettings, adam_state, build_optimizer
+from zerokl.alignment.megatron.parts import Holding, WholeTensors, chunk_weights
+from zerokl.alignment.megatron.shard import Held
 from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
+from zerokl.alignment.routing import RoutingError
 from zerokl.alignment.routing_replay import Mode, Replay
 from zerokl.alignment.types import LossFunction, PackedBatch
 
@@ -109,11 +119,11 @@ class MegatronPolicy:
         else:
             self.chunks = build_model(self.config, self.layout, recompute=recompute)
         self.device = torch.device(device)
-        loaded = convert_moe.separate_experts(weights) if stock else weights
         for chunk in self.chunks:
             chunk.to(self.device)
-            state = shard(loaded, chunk)
-            _copy_into(dict(chunk.named_parameters()) | _biases(chunk), state)
+        loaded = convert_moe.separate_experts(weights) if stock else weights
+        self._holding = Holding.alone(loaded) if stock else Holding.of(self.config, self.layout)
+        self._holding.copy(loaded, self._weights)
         self._scorers: list[Any] = [StockModel(chunk) for chunk in self.chunks] if stock else self.chunks
         self._ddps: list[Any] = []
         self._optimizer: Any = None
@@ -138,9 +148,14 @@ class MegatronPolicy:
         return self.chunks[0]
 
     @property
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Parameters by Megatron's names, and what is not trained but belongs to the model."""
-        return dict(self.model.named_parameters()) | _biases(self.model)
+    def held(self) -> Sequence[Held]:
+        """What each of this rank's chunks holds of the whole model's tensors, by its own parameters' names."""
+        return self._holding.held
+
+    @property
+    def _weights(self) -> list[dict[str, torch.Tensor]]:
+        """The live tensors of each chunk by Megatron's names: parameters, and what belongs to the model untrained."""
+        return [chunk_weights(chunk) for chunk in self.chunks]
 
     # -- scoring and training -------------------------------------------------------------------------------------
 
@@ -150,64 +165,66 @@ class MegatronPolicy:
         With pipeline stages, without gradients: they never meet on one rank.
         """
         batch = self._checked(batch)
-        if self.layout.pipeline > 1:
-            return schedule.run(self._scorers, [batch], None)[0]
         replay = self._replay(batch)
-        if replay is None:
-            return self._scorers[0](batch)
-        logprobs = self._scorers[0](batch, replay)
-        replay.finish(1)
-        self.differing_tokens += replay.differing_tokens
+        if self.layout.pipeline > 1:
+            (logprobs,) = schedule.run(self._scorers, [batch], [replay], None)
+        else:
+            logprobs = self._scorers[0](batch, replay)
+        self.differing_tokens += _finished(replay, 1, batch.padding)
         return logprobs
 
     def train_step(self, microbatches: Sequence[PackedBatch], loss_fn: LossFunction) -> StepResult:
         """One optimizer step on the sum of ``loss_fn(logprobs, index)`` over the microbatches.
 
+        Gradients add up by the micro-batches' ``order``, so its bits do not depend on how they are handed in (of equal
+        order: they do). ``index`` counts them as handed in.
         Raises FloatingPointError, with all weights as before, if a loss or the gradient norm is NaN or infinite.
         """
         optimizer = self._trained()
         if not microbatches:
             raise ValueError("train_step got no microbatches: there is nothing to train on")
         batches = [self._checked(batch) for batch in microbatches]
+        replays = [self._replay(batch) for batch in batches]
         for ddp in self._ddps:
             ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        total, differing = 0.0, 0
+        turns = sorted(range(len(batches)), key=lambda index: batches[index].order)
+        total = 0.0
 
-        def checked_loss(logprobs: torch.Tensor, index: int) -> torch.Tensor:
+        def checked_loss(logprobs: torch.Tensor, turn: int) -> torch.Tensor:
             nonlocal total
-            loss = loss_fn(logprobs, index)
+            loss = loss_fn(logprobs, turns[turn])
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss of microbatch {index} is {value}; weights are unchanged. Drop the sample that causes it"
+                    f"the loss of microbatch {turns[turn]} is {value}; weights are unchanged. Drop the sample that "
+                    "causes it"
                 )
             total += value
             return loss
 
-        if self.layout.pipeline > 1:
-            scored = schedule.run(self._ddps, batches, checked_loss)
-        else:
-            scored = []
-            for index, batch in enumerate(batches):
-                logprobs, differs = self._forward_backward(batch, index, checked_loss)
-                scored.append(logprobs)
-                differing += differs
+        scored = self._forward_backward([batches[i] for i in turns], [replays[i] for i in turns], checked_loss)
+        passes = 2 if self.recompute else 1
+        differing = sum(_finished(replay, passes, b.padding) for b, replay in zip(batches, replays, strict=True))
         distributed.reduce_gradients(self._ddps)
         grad_norm = self._update(optimizer)
         self.step += 1
         self.differing_tokens += differing
-        return StepResult(distributed.from_last_stage(total), grad_norm, scored, differing)
+        as_handed_in = [logprobs for _, logprobs in sorted(zip(turns, scored, strict=True), key=itemgetter(0))]
+        return StepResult(distributed.from_last_stage(total), grad_norm, as_handed_in, differing)
 
-    def _forward_backward(self, batch: PackedBatch, index: int, loss_fn: LossFunction) -> tuple[torch.Tensor, int]:
-        """One micro-batch: its log-probabilities, detached, and how many tokens its replay routed otherwise."""
-        replay, ddp = self._replay(batch), self._ddps[0]
-        logprobs = ddp(batch) if replay is None else ddp(batch, replay)
-        loss_fn(logprobs, index).backward()
-        if replay is None:
-            return logprobs.detach(), 0
-        replay.finish(2 if self.recompute else 1)
-        return logprobs.detach(), replay.differing_tokens
+    def _forward_backward(
+        self, batches: Sequence[PackedBatch], replays: Sequence[Replay | None], loss_fn: LossFunction
+    ) -> list[torch.Tensor]:
+        """Every micro-batch in turn: their log-probabilities, detached."""
+        if self.layout.pipeline > 1:
+            return schedule.run(self._ddps, batches, replays, loss_fn)
+        scored = []
+        for turn, (batch, replay) in enumerate(zip(batches, replays, strict=True)):
+            logprobs = self._ddps[0](batch, replay)
+            loss_fn(logprobs, turn).backward()
+            scored.append(logprobs.detach())
+        return scored
 
     def _update(self, optimizer: Any) -> float:
         """Megatron's optimizer step, stopped before the update if the gradient norm is not finite."""
@@ -231,9 +248,12 @@ class MegatronPolicy:
 
     # -- weights --------------------------------------------------------------------------------------------------
 
+    # Where ranks hold parts of the model, all of them make these calls, and iterate, together.
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, bf16 tensor) pairs; views where the layout allows, valid until the next step."""
-        state = {name: p.detach() for name, p in self._weights.items()}
+        """(Hugging Face name, bf16 tensor) pairs of the whole model; views where the layout allows, valid until the
+        next step. Where ranks hold parts, every rank gets every tensor, one of Megatron's at a time in memory."""
+        state = WholeTensors(self._holding, self._weights)
         return megatron_to_hf(self.config, convert_moe.stack_experts(state) if self.stock else state)
 
     def weights_digest(self) -> dict[str, str]:
@@ -241,54 +261,55 @@ class MegatronPolicy:
         return {name: _digest(tensor) for name, tensor in self.named_weights()}
 
     def export_hf(self, target: str | Path) -> None:
-        """Write a Hugging Face model folder: current weights, and config and tokenizer files of the source model."""
+        """Write a Hugging Face model folder: current weights, and config and tokenizer files of the source model.
+
+        The first rank writes; no rank returns before the folder is complete.
+        """
+        shapes = hf_shapes(self.config).items()
+        empty = {name: torch.empty(shape, dtype=hf_dtype(name), device="meta") for name, shape in shapes}
         with checkpoint.atomic_folder(target) as folder:
-            for path in self.model_dir.iterdir():
-                if path.name in _MODEL_FILES:
-                    shutil.copyfile(path, folder / path.name)
-            weights = {name: tensor.contiguous() for name, tensor in self.named_weights()}
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            if folder is not None:
+                for path in self.model_dir.iterdir():
+                    if path.name in _MODEL_FILES:
+                        shutil.copyfile(path, folder / path.name)
+            file = None if folder is None else folder / "model.safetensors"
+            streams.write(file, empty, self.named_weights(), metadata={"format": "pt"})
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self, target: str | Path) -> None:
-        """Write everything that the next step depends on; a run that loads it continues bit for bit."""
-        state = self._optimizer_state()
+        """Write everything that the next step depends on; a run that loads it, in any layout, continues bit for bit."""
         metadata = {"step": self.step, "model": asdict(self.config), "optimizer": asdict(self._settings())}
-        model = {name: p.detach() for name, p in self._weights.items()}
-        checkpoint.save(target, {"model": model, "optimizer": state}, metadata)
+        model = WholeTensors(self._holding, self._weights)
+        optimizer = WholeTensors(self._holding.optimizer(), self._optimizer_state())
+        checkpoint.save(target, {"model": model, "optimizer": optimizer}, metadata)
 
     def load(self, source: str | Path) -> None:
-        """Continue from `save`. Raises CheckpointError for a torn checkpoint or one of another model; then nothing
-        has changed. Learning rate and the other settings stay as this policy was built."""
-        state = self._optimizer_state()
-        files, metadata = checkpoint.load(source)
-        if metadata["model"] != asdict(self.config):
-            raise checkpoint.CheckpointError(
-                f"{source} holds another model ({metadata['model']}): start from the model it was made with"
-            )
-        targets = {"model": self._weights, "optimizer": state}
-        for stem, tensors in targets.items():
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-            check_tensors(files.get(stem, {}), shapes, dtypes.__getitem__, f"{source}/{stem}.safetensors")
-        for stem, tensors in targets.items():
-            _copy_into(tensors, files[stem])
+        """Continue from `save`, whatever layout it was called in. Raises CheckpointError for a torn checkpoint or one
+        of another model; then nothing has changed. Learning rate and the other settings stay as this policy was
+        built."""
+        targets = {
+            "model": (self._holding, self._weights),
+            "optimizer": (self._holding.optimizer(), self._optimizer_state()),
+        }
+        with checkpoint.load(source) as (files, metadata):
+            if metadata["model"] != asdict(self.config):
+                raise checkpoint.CheckpointError(
+                    f"{source} holds another model ({metadata['model']}): start from the model it was made with"
+                )
+            for stem, (holding, _) in targets.items():
+                shapes = {name: tuple(tensor.shape) for name, tensor in holding.empty.items()}
+                dtypes = {name: tensor.dtype for name, tensor in holding.empty.items()}
+                check_tensors(files.get(stem, {}), shapes, dtypes.__getitem__, f"{source}/{stem}.safetensors")
+            for stem, (holding, tensors) in targets.items():
+                holding.copy(files[stem], tensors)
         self.step = int(metadata["step"])
         for group in self._trained().param_groups:
             group["step"] = self.step
 
-    def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The live fp32 tensors: main parameters and both moments (made zero if no step has been taken)."""
-        model, moments = self.model, self._trained().optimizer.state
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in model.named_parameters():
-            main = parameter.main_param
-            if not moments[main]:
-                moments[main] = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
-            state[f"main.{name}"] = main.detach()
-            state |= {f"{key}.{name}": tensor for key, tensor in moments[main].items()}
-        return state
+    def _optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        """The live fp32 tensors of each chunk: main parameters and both moments."""
+        return [adam_state(self._trained(), chunk) for chunk in self.chunks]
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
@@ -319,7 +340,15 @@ class MegatronPolicy:
         if self.replay == "off" or self.config.moe is None:
             return None
         router, tokens = self.config.moe.router, batch.tokens.numel()
-        return Replay(batch.routed_experts, router, tokens, check=self.replay == "check")
+        places = self.layout.places(dist.get_rank(), dist.get_world_size())
+        return Replay(
+            batch.routed_experts,
+            router,
+            tokens,
+            check=self.replay == "check",
+            layers=[layer for place in places for layer in self.layout.layers(place, self.config)],
+            own=distributed.own_tokens(tokens),
+        )
 
     def _checked(self, batch: PackedBatch) -> PackedBatch:
         """The batch, padded as the layout needs it.
@@ -337,11 +366,6 @@ class MegatronPolicy:
         return batch.padded(self.layout.token_multiple).to(self.device)
 
 
-def _biases(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What is not trained but belongs to the model: the routers' selection biases."""
-    return {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(".expert_bias")}
-
-
 def _check_replay(config: ModelConfig, replay: Mode, *, stock: bool, recompute: bool) -> None:
     if replay == "off":
         return
@@ -352,13 +376,24 @@ def _check_replay(config: ModelConfig, replay: Mode, *, stock: bool, recompute: 
         raise ModelError("stock layers replay routing without recomputation only; set recompute to false")
 
 
-def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
-    """Copy every tensor by name; the two must hold the same names."""
-    if targets.keys() != sources.keys():
-        raise RuntimeError(f"parameter names differ: {sorted(targets.keys() ^ sources.keys())[:8]}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(sources[name])
+def _finished(replay: Replay | None, passes: int, padding: int) -> int:
+    """How many tokens of the micro-batch, over all its ranks, would have been routed otherwise; none is padding.
+
+    Raises RoutingError, on every rank, if the layers of one did not take their records exactly ``passes`` times.
+    """
+    if replay is None:
+        return 0
+    failure = None
+    try:
+        replay.finish(passes)
+    except RoutingError as error:
+        failure = error
+    if bool(distributed.on_any_rank(replay.differs.new_tensor([failure is not None]))):
+        raise failure or RoutingError("another rank's layers did not take their routing records as often as they ran")
+    if not replay.check:
+        return 0
+    differs = distributed.on_any_rank(replay.differs)
+    return int(differs[: len(differs) - padding].sum())
 
 
 def _digest(tensor: torch.Tensor) -> str:

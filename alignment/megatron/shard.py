@@ -1,54 +1,34 @@
-"""The weights of one rank: a whole model in Megatron's names and layouts, cut for a parallel layout and joined again.
+"""How Megatron cuts a model's weights: which blocks of the whole tensors a chunk of the model holds.
 
 Pure functions; no process group is asked. Each local tensor is a row of `Piece`s, one block of one tensor of the whole
-model each: cutting, joining and describing the ranks to Megatron's distributed checkpoint (`sharded_checkpoint`) all
-follow `pieces`. The rules are Megatron's:
+model each. Loading, gathering and saving weights and optimizer state and describing them to Megatron's distributed
+checkpoint (`sharded_checkpoint`) all follow `pieces`. The rules are Megatron's:
 
 - tensor parallel (Shoeybi et al., "Megatron-LM", 2019): ``linear_qkv`` by key-value groups, ``linear_fc1`` by rows of
   its gate half and of its up half, the embedding and the head by vocabulary (no row is added), ``linear_proj`` and
   ``linear_fc2`` by columns; norms and routers are whole on every rank;
 - pipeline parallel: equal runs of layers, numbered from 0 on each stage; the embedding on the first stage, final norm
   and head on the last. A tied head is the embedding's copy there;
-- expert parallel: equal runs of experts, each whole, so that expert parallel ranks may be tensor parallel ones.
+- expert parallel: equal runs of experts, each whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 
-from zerokl.alignment.megatron.convert import hf_to_megatron, megatron_to_hf
+from zerokl.alignment.megatron.convert import hf_dtype, hf_shapes, hf_to_megatron, megatron_to_hf
+from zerokl.alignment.megatron.layout import Layout, Place
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 
 _EMBEDDING, _FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
 _HEAD = "output_layer.weight"
 
 State = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks share each part. ``pipeline`` counts stages: with virtual ones, ranks times virtual stages."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-
-    def ranks(self) -> list[Rank]:
-        """Every rank: what it holds depends on nothing else."""
-        return [Rank(*at) for at in product(range(self.tensor), range(self.pipeline), range(self.expert))]
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A rank's place in a `Layout`, each part from 0."""
-
-    tensor: int = 0
-    pipeline: int = 0
-    expert: int = 0
+Held = Mapping[str, "list[Piece]"]
+"""Local tensor name -> the pieces that it concatenates, along their ``dim``."""
 
 
 @dataclass(frozen=True)
@@ -60,78 +40,91 @@ class Piece:
     index: int = 0
     count: int = 1
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The block, as a view."""
+        return whole.chunk(self.count, self.dim)[self.index]
 
-def pieces(config: ModelConfig, layout: Layout, rank: Rank) -> dict[str, list[Piece]]:
-    """Local parameter name -> the pieces that it concatenates, along their ``dim``.
 
-    Raises ModelError for a layout that the model does not divide into, ValueError for a rank outside the layout.
+def pieces(config: ModelConfig, layout: Layout, place: Place) -> dict[str, list[Piece]]:
+    """What the chunk at ``place`` holds, by its own parameters' names.
+
+    Raises LayoutError for a layout that the model does not divide into, ValueError for a place outside the layout.
     """
-    _check(config, layout, rank)
-    last = layout.pipeline - 1
+    layout.check(config)
+    if not all(0 <= at < size for at, size in zip(place, (layout.tensor, layout.stages, layout.expert), strict=True)):
+        raise ValueError(f"{place} is outside {layout}")
+    last = layout.stages - 1
     held: dict[str, list[Piece]] = {}
-    if rank.pipeline == 0:
-        held[_EMBEDDING] = _split(_EMBEDDING, 0, layout, rank)
-    per_stage = config.num_hidden_layers // layout.pipeline
-    for local in range(per_stage):
-        index = rank.pipeline * per_stage + local
+    if place.stage == 0:
+        held[_EMBEDDING] = _split(_EMBEDDING, 0, layout, place)
+    for local, index in enumerate(layout.layers(place, config)):
         for name in _layer_names(config, index):
-            held[f"decoder.layers.{local}.{name}"] = _cut(f"decoder.layers.{index}.{name}", layout, rank)
-    if rank.pipeline == last:
+            held[f"decoder.layers.{local}.{name}"] = _cut(f"decoder.layers.{index}.{name}", layout, place)
+    if place.stage == last:
         held[_FINAL_NORM] = [Piece(_FINAL_NORM)]
         if not config.tie_word_embeddings:
-            held[_HEAD] = _split(_HEAD, 0, layout, rank)
+            held[_HEAD] = _split(_HEAD, 0, layout, place)
         elif last > 0:
-            held[_HEAD] = _split(_EMBEDDING, 0, layout, rank)
+            held[_HEAD] = _split(_EMBEDDING, 0, layout, place)
     return held
 
 
-def shard(config: ModelConfig, hf: State, layout: Layout, rank: Rank) -> dict[str, torch.Tensor]:
-    """The parameters of one rank from a complete Hugging Face state (`convert.hf_shapes`). Raises as `pieces`."""
-    return cut(config, hf_to_megatron(config, hf), layout, rank)
+def take(whole: torch.Tensor, row: list[Piece]) -> torch.Tensor:
+    """A local tensor from the whole one that its pieces are of; a view where it is one block."""
+    return row[0].of(whole) if len(row) == 1 else torch.cat([piece.of(whole) for piece in row], row[0].dim)
 
 
-def join(config: ModelConfig, layout: Layout, shards: Mapping[Rank, State]) -> dict[str, torch.Tensor]:
-    """The Hugging Face state from the parameters of all ranks of ``layout``. Raises as `assemble`."""
-    return dict(megatron_to_hf(config, assemble(config, layout, shards)))
+def blocks(local: torch.Tensor, row: list[Piece]) -> list[tuple[Piece, torch.Tensor]]:
+    """The reverse: each piece of a local tensor with its block, a view."""
+    return list(zip(row, local.chunk(len(row), row[0].dim), strict=True))
 
 
-def cut(config: ModelConfig, whole: State, layout: Layout, rank: Rank) -> dict[str, torch.Tensor]:
-    """One rank's parameters, contiguous, from the whole model's in Megatron's layout (`convert.hf_to_megatron`)."""
-    return {
-        name: torch.cat([whole[p.name].chunk(p.count, p.dim)[p.index] for p in row], row[0].dim)
-        for name, row in pieces(config, layout, rank).items()
-    }
+def put_together(parts: Mapping[Piece, torch.Tensor]) -> torch.Tensor:
+    """A whole tensor from all of its pieces."""
+    ordered = sorted(parts, key=lambda piece: piece.index)
+    return parts[ordered[0]] if len(parts) == 1 else torch.cat([parts[piece] for piece in ordered], ordered[0].dim)
 
 
-def assemble(config: ModelConfig, layout: Layout, shards: Mapping[Rank, State]) -> dict[str, torch.Tensor]:
-    """The whole model's parameters in Megatron's layout from those of ranks that together hold it all.
+def empty_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The whole model's tensors by Megatron's names, without memory: shapes and types."""
+    shapes = hf_shapes(config).items()
+    return hf_to_megatron(config, {n: torch.empty(shape, dtype=hf_dtype(n), device="meta") for n, shape in shapes})
 
-    Raises ModelError naming a tensor that is missing or unexpected, and one whose copies on several ranks differ in any
-    bit: replicas that drifted apart have no joint value.
+
+def shard(config: ModelConfig, hf: State, layout: Layout, place: Place) -> dict[str, torch.Tensor]:
+    """A chunk's parameters from a complete Hugging Face state (`convert.hf_shapes`). Raises as `pieces`."""
+    whole = hf_to_megatron(config, hf)
+    return {name: take(whole[row[0].name], row).contiguous() for name, row in pieces(config, layout, place).items()}
+
+
+def join(config: ModelConfig, layout: Layout, shards: Mapping[Place, State]) -> dict[str, torch.Tensor]:
+    """The Hugging Face state from the parameters of chunks that together hold the whole model.
+
+    Raises ModelError naming a tensor that is missing or unexpected, and one whose copies in several chunks differ in
+    any bit: replicas that drifted apart have no joint value.
     """
-    blocks: dict[Piece, torch.Tensor] = {}
-    for rank, state in shards.items():
-        held = pieces(config, layout, rank)
+    found: dict[str, dict[Piece, torch.Tensor]] = {}
+    for place, state in shards.items():
+        held = pieces(config, layout, place)
         if odd := sorted(held.keys() ^ state.keys()):
-            raise ModelError(f"{rank} holds other tensors than the model has there: {', '.join(odd[:8])}")
+            raise ModelError(f"{place} holds other tensors than the model has there: {', '.join(odd[:8])}")
         for name, row in held.items():
-            for piece, block in zip(row, state[name].chunk(len(row), row[0].dim), strict=True):
-                if not _same_bits(blocks.setdefault(piece, block), block):
-                    raise ModelError(f"{rank} holds another {piece.name} than a rank before it: replicas must be equal")
-    missing = sorted({piece.name for piece in every_piece(config, layout) if piece not in blocks})
-    if missing:
-        raise ModelError(f"no rank given holds all of {', '.join(missing[:8])}: give the parameters of more ranks")
-    whole: dict[str, list[torch.Tensor]] = {}
-    dims = {piece.name: piece.dim for piece in blocks}
-    for piece in sorted(blocks, key=lambda piece: piece.index):
-        whole.setdefault(piece.name, []).append(blocks[piece])
-    return {name: torch.cat(row, dims[name]) for name, row in whole.items()}
+            for piece, block in blocks(state[name], row):
+                if not _same_bits(found.setdefault(piece.name, {}).setdefault(piece, block), block):
+                    raise ModelError(f"{place} holds another {piece.name} than one before it: replicas must be equal")
+    needed = every_piece(pieces(config, layout, place) for place in layout.every_place())
+    if missing := sorted(name for name, row in needed.items() if row != set(found.get(name, {}))):
+        raise ModelError(f"nothing given holds all of {', '.join(missing[:8])}: give the parameters of more ranks")
+    return dict(megatron_to_hf(config, {name: put_together(parts) for name, parts in found.items()}))
 
 
-def every_piece(config: ModelConfig, layout: Layout) -> set[Piece]:
-    """What the ranks of a layout hold between them."""
-    held = (pieces(config, layout, rank) for rank in layout.ranks())
-    return {piece for tensors in held for row in tensors.values() for piece in row}
+def every_piece(chunks: Iterable[Held]) -> dict[str, set[Piece]]:
+    """Whole tensor's name -> its pieces in any of the chunks."""
+    needed: dict[str, set[Piece]] = {}
+    for held in chunks:
+        for row in held.values():
+            needed.setdefault(row[0].name, set()).update(row)
+    return needed
 
 
 def _layer_names(config: ModelConfig, index: int) -> list[str]:
@@ -153,45 +146,26 @@ def _layer_names(config: ModelConfig, index: int) -> list[str]:
     return names
 
 
-def _cut(name: str, layout: Layout, rank: Rank) -> list[Piece]:
-    """How a layer's parameter lies on a rank, by the module it belongs to."""
+def _cut(name: str, layout: Layout, place: Place) -> list[Piece]:
+    """How a layer's parameter lies in a chunk, by the module it belongs to."""
     owner, module = name.split(".")[-3:-1]
     if owner == "experts":
-        return [Piece(name, 0, rank.expert, layout.expert)]
+        return [Piece(name, 0, place.expert, layout.expert)]
     if module == "linear_qkv":
-        return _split(name, 0, layout, rank)
+        return _split(name, 0, layout, place)
     if module == "linear_fc1":
-        return _split(name, 0, layout, rank, halves=2)
+        return _split(name, 0, layout, place, halves=2)
     if module in ("linear_proj", "linear_fc2"):
-        return _split(name, 1, layout, rank)
+        return _split(name, 1, layout, place)
     return [Piece(name)]
 
 
-def _split(name: str, dim: int, layout: Layout, rank: Rank, *, halves: int = 1) -> list[Piece]:
-    """A tensor parallel rank's block of each of ``halves`` equal parts of the tensor."""
-    blocks = (half * layout.tensor + rank.tensor for half in range(halves))
+def _split(name: str, dim: int, layout: Layout, place: Place, *, halves: int = 1) -> list[Piece]:
+    """A tensor parallel rank's block of each of ``halves`` equal parts of the tensor; one block if no one shares it."""
+    if layout.tensor == 1:
+        return [Piece(name)]
+    blocks = (half * layout.tensor + place.tensor for half in range(halves))
     return [Piece(name, dim, block, halves * layout.tensor) for block in blocks]
-
-
-def _check(config: ModelConfig, layout: Layout, rank: Rank) -> None:
-    for name in ("tensor", "pipeline", "expert"):
-        if not 0 <= getattr(rank, name) < getattr(layout, name):
-            raise ValueError(f"{rank} is outside {layout}")
-    sizes = {
-        "num_hidden_layers": (config.num_hidden_layers, layout.pipeline),
-        "num_key_value_heads": (config.num_key_value_heads, layout.tensor),
-        "vocab_size": (config.vocab_size, layout.tensor),
-    }
-    if config.moe_at(0) is None:
-        sizes["intermediate_size"] = (config.intermediate_size, layout.tensor)
-    if config.moe is None and layout.expert != 1:
-        raise ModelError(f"{layout}: {config.architecture} is dense, there are no experts to share")
-    if config.moe is not None:
-        sizes["number of experts"] = (config.moe.router.experts, layout.expert)
-        sizes["width of the shared experts"] = (config.moe.shared_size, layout.tensor)
-    wrong = [f"{name} {size} into {ranks}" for name, (size, ranks) in sizes.items() if size % ranks]
-    if wrong:
-        raise ModelError(f"{layout} does not divide {', '.join(wrong)}: choose another layout")
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 The checkpoint holds whole tensors under the whole model's names (`convert.hf_to_megatron`), whatever the layout was:
 each rank describes what it holds as blocks of them (`shard.pieces`), and Megatron reads and writes the blocks.
-Optimizer state is not part of it. All processes of the default group call `save` and `load` together.
+For exchange with other users of Megatron; a training run's own checkpoints (`checkpoint`) hold the optimizer's state
+too. All processes of the default group call `save` and `load` together.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import torch
 import torch.distributed as dist
 
 from zerokl.alignment.megatron.checkpoint import CheckpointError
-from zerokl.alignment.megatron.convert import hf_dtype, hf_shapes, hf_to_megatron
 from zerokl.alignment.megatron.core import ShardedTensor, dist_checkpointing
+from zerokl.alignment.megatron.layout import Layout, Place
 from zerokl.alignment.megatron.model_config import ModelConfig
-from zerokl.alignment.megatron.shard import Layout, Piece, Rank, cut, pieces
+from zerokl.alignment.megatron.shard import Piece, blocks, empty_weights, pieces, take
 
 _MODEL = "model"
 
 
 def save(
-    target: str | Path, config: ModelConfig, layout: Layout, places: Sequence[Rank], state: Mapping[str, torch.Tensor]
+    target: str | Path, config: ModelConfig, layout: Layout, places: Sequence[Place], state: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the model's weights into the existing empty folder ``target``.
 
@@ -36,46 +37,40 @@ def save(
     dist_checkpointing.save({"weights": described}, str(target), content_metadata={_MODEL: json.dumps(asdict(config))})
 
 
-def load(source: str | Path, config: ModelConfig, layout: Layout, places: Sequence[Rank]) -> dict[str, torch.Tensor]:
+def load(source: str | Path, config: ModelConfig, layout: Layout, places: Sequence[Place]) -> dict[str, torch.Tensor]:
     """This process's parameters in ``layout`` from a checkpoint of any layout.
 
+    Only of a source that one would run code from: Megatron reads metadata that can carry some.
     Raises CheckpointError if ``source`` holds another model.
     """
     metadata = dist_checkpointing.load_content_metadata(str(source))
     if metadata is None or metadata.get(_MODEL) != json.dumps(asdict(config)):
         raise CheckpointError(f"{source} holds the weights of another model: start from the model it was made with")
-    place = places[dist.get_rank()]
-    local = cut(config, _unset(config), layout, place)
-    buffers = {name: torch.empty_like(tensor, device="cpu") for name, tensor in local.items()}
+    held, empty = pieces(config, layout, places[dist.get_rank()]), empty_weights(config)
+    buffers = {
+        name: torch.empty_like(take(empty[row[0].name], row), device="cpu").contiguous() for name, row in held.items()
+    }
     described = _describe(config, layout, places, buffers)
     read = dist_checkpointing.load({"weights": described}, str(source))["weights"]
-    dims = {name: row[0].dim for name, row in pieces(config, layout, place).items()}
-    return {name: torch.cat(row, dims[name]) for name, row in read.items()}
+    return {name: torch.cat(row, held[name][0].dim) for name, row in read.items()}
 
 
 def _describe(
-    config: ModelConfig, layout: Layout, places: Sequence[Rank], state: Mapping[str, torch.Tensor]
+    config: ModelConfig, layout: Layout, places: Sequence[Place], state: Mapping[str, torch.Tensor]
 ) -> dict[str, list[ShardedTensor]]:
     """This process's tensors as Megatron's blocks of global ones; the first process that holds a block writes it."""
     process = dist.get_rank()
-    held = pieces(config, layout, places[process])
     copies: dict[Piece, int] = {}  # how many processes before this one, and tensors of this one, hold the block
     for place in places[:process]:
         for piece in {piece for row in pieces(config, layout, place).values() for piece in row}:
             copies[piece] = copies.get(piece, 0) + 1
     described: dict[str, list[ShardedTensor]] = {}
-    for name, row in held.items():
+    for name, row in pieces(config, layout, places[process]).items():
         described[name] = []
-        for piece, block in zip(row, state[name].chunk(len(row), row[0].dim), strict=True):
+        for piece, block in blocks(state[name], row):
             offsets = (piece.dim, piece.index, piece.count)
             tensor = ShardedTensor.from_rank_offsets(
                 piece.name, block.contiguous(), offsets, replica_id=copies.setdefault(piece, 0)
             )
             described[name].append(tensor)
     return described
-
-
-def _unset(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The whole model's tensors without memory; only shapes and types matter."""
-    shapes = hf_shapes(config).items()
-    return hf_to_megatron(config, {n: torch.empty(shape, dtype=hf_dtype(n), device="meta") for n, shape in shapes})

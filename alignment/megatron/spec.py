@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from zerokl import kernels
@@ -23,7 +24,6 @@ from zerokl.alignment.megatron.core import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_gpt_decoder_block_spec,
-    parallel_state,
 )
 from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig
@@ -53,7 +53,11 @@ def transformer_config(
             return TransformerConfig(**_transformer_options(model, stock), **options, **moe_options(model))
         if model.moe is not None:
             return MoeTransformerConfig(
-                **_transformer_options(model, stock), **options, moe=model.moe, segments=layout.segments
+                **_transformer_options(model, stock),
+                **options,
+                moe=model.moe,
+                segments=layout.segments,
+                shared_experts=_mlp(layout),
             )
         return TransformerConfig(**_transformer_options(model, stock), **options)
 
@@ -119,8 +123,7 @@ def _fill_with_nan(weight: torch.Tensor) -> torch.Tensor:
 def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *, sparse: bool) -> ModuleSpec:
     """One decoder layer on `zerokl.kernels`, with a dense MLP or with experts."""
     head_norm = RMSNorm if model.qk_norm else None
-    column_linear = ModuleSpec(module=ColumnLinear, params={"segments": layout.segments})
-    row_linear = ModuleSpec(module=RowLinear, params={"segments": layout.segments})
+    column_linear, row_linear = _linears(layout)
     attention = SelfAttentionSubmodules(
         linear_qkv=column_linear,
         core_attention=partial(CoreAttention, rotary_table=rotary_table),
@@ -128,8 +131,7 @@ def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    dense = MLPSubmodules(linear_fc1=column_linear, activation_func=SwiGLU, linear_fc2=row_linear)
-    mlp = ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=dense)
+    mlp = ModuleSpec(module=MLP, params={"ffn_hidden_size": model.intermediate_size}, submodules=_mlp(layout))
     return ModuleSpec(
         module=MoELayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -145,6 +147,17 @@ def layer_spec(model: ModelConfig, layout: Layout, rotary_table: torch.Tensor, *
     )
 
 
+def _mlp(layout: Layout) -> MLPSubmodules:
+    column_linear, row_linear = _linears(layout)
+    return MLPSubmodules(linear_fc1=column_linear, activation_func=SwiGLU, linear_fc2=row_linear)
+
+
+def _linears(layout: Layout) -> tuple[ModuleSpec, ModuleSpec]:
+    """Column-parallel and row-parallel."""
+    params = {"segments": layout.segments}
+    return ModuleSpec(module=ColumnLinear, params=params), ModuleSpec(module=RowLinear, params=params)
+
+
 def build_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) -> list[ScoringModel]:
     """This rank's chunks of the model (one without virtual stages), with unset (NaN) weights.
 
@@ -153,15 +166,13 @@ def build_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) 
     layout.check(model)
     table = kernels.rotary_table(model.max_position_embeddings, model.rotary_dim, model.rope_theta)
     config = transformer_config(model, layout, recompute=recompute)
-    depth = model.num_hidden_layers // layout.stages
     chunks = []
-    for virtual in range(layout.virtual_pipeline):
-        stage = virtual * layout.pipeline + parallel_state.get_pipeline_model_parallel_rank()
+    for virtual, place in enumerate(layout.places(dist.get_rank(), dist.get_world_size())):
         layers = [
             layer_spec(model, layout, table, sparse=model.moe_at(index) is not None)
-            for index in range(stage * depth, (stage + 1) * depth)
+            for index in layout.layers(place, model)
         ]
-        last = stage == layout.stages - 1
+        last = place.stage == layout.stages - 1
         chunks.append(
             ScoringModel(
                 config=config,
@@ -169,7 +180,7 @@ def build_model(model: ModelConfig, layout: Layout, *, recompute: bool = False) 
                     layer_specs=layers, layer_norm=RMSNorm if last else None
                 ),
                 position_embedding_type="none",
-                pre_process=stage == 0,
+                pre_process=place.stage == 0,
                 post_process=last,
                 vp_stage=virtual if layout.virtual_pipeline > 1 else None,
                 **_gpt_arguments(model),

@@ -1,6 +1,5 @@
 """Sparse models in MegatronPolicy: the model's own numbers, the same bits every time, along replayed experts too."""
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -224,13 +223,6 @@ def test_the_selection_bias_travels_but_is_not_trained(policy, make_pairs, pack,
         if n in biases:
             assert tensor.dtype == torch.float32
             assert torch.equal(tensor, biases[n])
-
-
-def test_tensor_parallel_experts_are_refused(policy):
-    config = copy.copy(policy().model.config)
-    config.tensor_model_parallel_size = 2
-    with pytest.raises(NotImplementedError, match="MoE: tensor parallelism is not supported"):
-        MoE(config)
 
 
 def test_what_is_not_supported(policy, tiny_models):

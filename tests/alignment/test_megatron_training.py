@@ -1,5 +1,7 @@
 """Training with MegatronPolicy: right gradients, the same bits every time, exact resume, no update from NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -175,6 +177,32 @@ def test_a_gradient_norm_that_is_not_finite_leaves_the_weights(trainer, make_pai
 def test_an_empty_step_is_refused(trainer):
     with pytest.raises(ValueError, match="no microbatches"):
         trainer().train_step([], mean_loss)
+
+
+def test_micro_batches_add_up_by_their_order(trainer, make_pairs, pack):
+    """However they are handed in; losses and results count them as handed in. Without orders, other bits."""
+    pairs = make_pairs([(5, 8), (3, 4), (39, 62), (9, 2)])
+    batches = [replace(pack([pair]), order=number) for number, pair in enumerate(pairs)]
+
+    def train(handed_in):
+        policy, sizes = trainer(), {}
+        policy.set_learning_rate(0.0)
+
+        def loss(logprobs, index):
+            sizes[index] = logprobs.numel()
+            return -logprobs.mean()
+
+        result = policy.train_step(handed_in, loss)
+        assert sizes == {index: batch.rows.numel() for index, batch in enumerate(handed_in)}
+        gradients = torch.cat([p.main_grad.flatten() for p in policy.model.parameters()])
+        return result.logprobs, result.loss, bits(gradients).clone()
+
+    logprobs, loss, gradients = train(batches)
+    again, same_loss, same = train(batches[::-1])
+    assert loss == same_loss
+    assert torch.equal(gradients, same)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(logprobs, again[::-1], strict=True))
+    assert not torch.equal(gradients, train([replace(batch, order=0) for batch in batches[::-1]])[2])
 
 
 def test_weight_decay_spares_norms(tiny_models, make_pairs, pack):

@@ -136,6 +136,18 @@ def test_tokens_are_counted_once_however_many_layers_differ():
     assert run.differing_tokens == TOKENS
 
 
+def test_a_rank_takes_the_records_of_its_layers_and_tokens():
+    run = replay(layers=[0, 1], own=slice(2, 4))
+    assert np.array_equal(run.take(1).numpy(), captured()[2:4, 1])
+    run.finish(1)
+    with pytest.raises(RoutingError, match=r"layer 2 asks for routing records, this rank holds \[1\]"):
+        run.take(2)
+    run.compare(1, torch.from_numpy(captured()[2:4, 1]).long().flip(0))
+    assert run.differs.tolist() == [False, False, True, True, False]
+    without = replay(layers=[0])  # a stage of dense layers only
+    without.finish(1)
+
+
 def test_a_slab_that_does_not_fit_the_micro_batch():
     with pytest.raises(RoutingError, match=r"routing records are \(5, 2, 3\), needs \(6, 2, 3\)"):
         replay(tokens=6)
