@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+from zerokl.alignment.tensor_parallel import Widths, size_problem, width_problem
 
 
 class LayoutError(ModelError):
@@ -29,13 +30,10 @@ class Layout:
     segments: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "segments"):
-            size = getattr(self, name)
-            self._require(size in (1, 2, 4, 8), f"{name}={size}; supported: 1, 2, 4, 8")
+        self._refuse(size_problem(self.tensor, self.segments))
         for name in ("pipeline", "virtual_pipeline", "expert", "context"):
             size = getattr(self, name)
             self._require(size >= 1, f"{name}={size} must be positive")
-        self._require(self.segments % self.tensor == 0, f"segments={self.segments} must cover tensor={self.tensor}")
         self._require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor above 1")
         self._require(
             self.virtual_pipeline == 1 or self.pipeline > 1, "virtual_pipeline needs pipeline stages; set pipeline"
@@ -63,27 +61,15 @@ class Layout:
 
     def check(self, model: ModelConfig) -> None:
         """Raise LayoutError naming what of the model does not divide, or what is not supported for it."""
-        heads, head = model.num_attention_heads, model.head_dim
-        depth = {
-            "intermediate_size": model.intermediate_size,
-            "attention's output": heads * head,
-            "attention's input projection": (heads + 2 * model.num_key_value_heads) * head,
-        }
-        for name, width in depth.items():
-            self._require(
-                self.segments == 1 or width % (2 * self.segments) == 0,
-                f"{name} {width} does not divide into segments={self.segments} of whole pairs",
-            )
-        heads = model.num_key_value_heads
-        split = self.tensor * self.context  # context parallelism splits heads inside attention
-        self._require(
-            heads % split == 0,
-            f"{heads} key-value heads do not divide over tensor={self.tensor} times context={self.context}",
+        widths = Widths(
+            heads=model.num_attention_heads,
+            kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            intermediate=model.intermediate_size,
+            vocabulary=model.vocab_size,
+            experts=None if model.moe is None else model.moe.intermediate_size,
         )
-        self._require(
-            self.tensor == 1 or model.vocab_size % 8 == 0,
-            f"a vocabulary of {model.vocab_size} over tensor={self.tensor}; supported: multiples of 8",
-        )
+        self._refuse(width_problem(widths, tensor=self.tensor, segments=self.segments, context=self.context))
         layers = model.num_hidden_layers
         self._require(layers % self.stages == 0, f"{layers} layers do not divide into {self.stages} stages")
         if model.moe is None:
@@ -94,13 +80,12 @@ class Layout:
             f"{model.architecture} in tensor={self.tensor}, pipeline={self.pipeline}, context={self.context}; "
             "supported: 1, 1, 1",
         )
-        experts, width = model.moe.router.experts, model.moe.intermediate_size
+        experts = model.moe.router.experts
         self._require(experts % self.expert == 0, f"{experts} experts do not divide over expert={self.expert}")
-        self._require(
-            self.segments == 1 or width % (2 * self.segments) == 0,
-            f"moe_intermediate_size {width} does not divide into segments={self.segments} of whole pairs",
-        )
 
     def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise LayoutError(f"layout: {message}")
+        self._refuse(None if condition else message)
+
+    def _refuse(self, problem: str | None) -> None:
+        if problem is not None:
+            raise LayoutError(f"layout: {problem}")

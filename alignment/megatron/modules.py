@@ -74,13 +74,14 @@ class ColumnLinear(ColumnParallelLinear):
         if self.segments == 1:
             bias = None if self.skip_bias_add else self.bias
             return kernels.linear(input_, self.weight, bias), self.bias if self.skip_bias_add else None
-        if self.bias is not None:
-            raise NotImplementedError("ColumnLinear: a bias with segments above 1 is not supported")
+        if self.skip_bias_add and self.bias is not None:
+            raise NotImplementedError("ColumnLinear: skip_bias_add with segments above 1 is not supported")
         if self.config.sequence_parallel:
             input_ = regions.gather_tokens(input_, self.tp_group)
         blocks = self.weight.partition_stride  # 2: gate rows and up rows
-        y = kernels.column_linear(input_, self.weight, segments=self.segments, blocks=blocks, group=self.tp_group)
-        return y, None
+        return kernels.column_linear(
+            input_, self.weight, self.bias, segments=self.segments, blocks=blocks, group=self.tp_group
+        ), None
 
 
 class RowLinear(RowParallelLinear):

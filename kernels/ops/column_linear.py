@@ -15,16 +15,23 @@ from .linear import linear
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, w: torch.Tensor, segments: int, blocks: int, group: dist.ProcessGroup
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        segments: int,
+        blocks: int,
+        group: dist.ProcessGroup,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, w)
-        ctx.weight, ctx.own, ctx.blocks, ctx.group = w, segments // dist.get_world_size(group), blocks, group
-        return linear(x, w)
+        ctx.weight, ctx.bias = w, bias
+        ctx.own, ctx.blocks, ctx.group = segments // dist.get_world_size(group), blocks, group
+        return linear(x, w, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        dx = dw = None
+        dx = dw = db = None
         if ctx.needs_input_grad[0]:
             columns = _by_segment(dy.movedim(-1, 0), ctx.blocks, ctx.own).movedim(0, -1).contiguous()
             rows = _by_segment(w, ctx.blocks, ctx.own).t().contiguous()
@@ -35,7 +42,11 @@ class _ColumnLinear(torch.autograd.Function):
             grad = WeightGrad(ctx.weight)
             ops.linear_dw(dy.contiguous(), x, grad.buffer)
             dw = grad.result()
-        return dx, dw, None, None, None
+        if ctx.bias is not None and ctx.needs_input_grad[2]:
+            grad = WeightGrad(ctx.bias)
+            ops.bias_grad(dy.contiguous(), grad.buffer)
+            db = grad.result()
+        return dx, dw, db, None, None, None
 
 
 def _by_segment(x: torch.Tensor, blocks: int, segments: int) -> torch.Tensor:
@@ -44,13 +55,20 @@ def _by_segment(x: torch.Tensor, blocks: int, segments: int) -> torch.Tensor:
 
 
 def column_linear(
-    x: torch.Tensor, w: torch.Tensor, *, segments: int, blocks: int = 1, group: dist.ProcessGroup
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    segments: int,
+    blocks: int = 1,
+    group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """``y = x @ w.T`` by R1; each rank of a group computes its own columns (Shoeybi et al., "Megatron-LM", 2019).
+    """``y = x @ w.T (+ bias)`` by R1; each rank of a group computes its own columns (Shoeybi et al., "Megatron-LM", 2019).
 
     Args:
         x: bf16 [..., K], the same on every rank.
         w: bf16 [N / ranks, K], this rank's rows.
+        bias: bf16 [N / ranks], of the same columns.
         segments: G of R2, a power of two that the ranks divide: dX is G chains over the columns, added as R2's tree.
         blocks: into how many equal blocks the columns fall that are each shared by all ranks (2: gate and up).
         group: 1, 2, 4 or 8 ranks.
@@ -62,7 +80,7 @@ def column_linear(
         ValueError: unsupported dtype, shape, or segments that do not cut the columns into even parts.
     """
     op, ranks = "column_linear", dist.get_world_size(group)
-    check_bf16(op, x=x, w=w)
+    check_bf16(op, x=x, w=w, bias=bias)
     check(segments % ranks == 0, op, f"segments={segments} must be a multiple of the {ranks} ranks")
     check_segments(op, segments // ranks, w.shape[0])
     check(
@@ -70,4 +88,4 @@ def column_linear(
         op,
         f"{w.shape[0]} columns do not divide into {blocks} blocks of {segments // ranks} segments",
     )
-    return _ColumnLinear.apply(x.contiguous(), w, segments, blocks, group)
+    return _ColumnLinear.apply(x.contiguous(), w, bias, segments, blocks, group)
