@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SIZES = (1, 2, 4, 8)
 """Numbers of tensor-parallel ranks, and of segments."""
@@ -63,8 +65,7 @@ def _width_problems(
         yield f"{widths.kv_heads} key-value heads do not divide over tensor={tensor} times context={context}"
     if tensor > 1 and widths.vocabulary % vocabulary_multiple:
         yield (
-            f"a vocabulary of {widths.vocabulary} over tensor={tensor}; "
-            f"supported: multiples of {vocabulary_multiple}"
+            f"a vocabulary of {widths.vocabulary} over tensor={tensor}; supported: multiples of {vocabulary_multiple}"
         )
 
 

@@ -283,8 +283,8 @@ def _bind_logits(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:
         if bias is not None:
             raise UnsupportedError(f"module {name}: an LM head bias is not supported")
         hook.calls += 1
-        # SGLang pads the vocabulary; the kernels see its real rows only. Of several ranks each has its share, and SGLang
-        # puts their logits, as they are, beside each other on every rank
+        # SGLang pads the vocabulary; the kernels see its real rows only. Of several ranks each has its share, without
+        # padding, and SGLang puts their logits, as they are, beside each other on every rank
         rows = head.weight[:vocabulary] if ranks.size == 1 else head.weight
         return kernels.linear(hidden, rows, out_dtype=torch.float32)
 

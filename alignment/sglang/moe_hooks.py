@@ -99,9 +99,7 @@ def bind_block(name: str, module: Any, ranks: Ranks, combine: Hook) -> None:  # 
     combine.attach(module, "forward", forward)
 
 
-def bind_experts(
-    name: str, module: Any, ranks: Ranks, permute: Hook, grouped: Hook, silu: Hook, combine: Hook
-) -> None:
+def bind_experts(name: str, module: Any, ranks: Ranks, permute: Hook, grouped: Hook, silu: Hook, combine: Hook) -> None:
     """w13_weight [E, 2 F, H] holds gate rows and then up rows of every expert, w2_weight [E, H, F] the way back; each
     rank has an equal part of the F. The experts' outputs are whole before they are combined."""
     _check_experts(name, module, ranks)

@@ -23,12 +23,14 @@ def check_reports(reports: list[dict[str, Any]] | None, ranks: int) -> None:
 
 def _check_report(report: dict[str, Any], where: str) -> None:
     if report["forwards"] < 2:
-        raise HookError(f"{report['forwards']} forward passes ran{where}: the warm-up needs a prefill and a decode step")
+        raise HookError(
+            f"{report['forwards']} forward passes ran{where}: the warm-up needs a prefill and a decode step"
+        )
     for row in report["hooks"]:
         expected = row["per_forward"] * report["forwards"]
         if row["calls"] != expected or not row["intact"]:
             state = "" if row["intact"] else ", and something replaced it since"
             raise HookError(
-                f"hook {row['hook']!r} did not take effect{where}: {row['calls']} calls in {report['forwards']} forward "
-                f"passes, {expected} expected{state}; the engine would compute with SGLang's own kernels"
+                f"hook {row['hook']!r} did not take effect{where}: {row['calls']} calls in {report['forwards']} "
+                f"forward passes, {expected} expected{state}; the engine would compute with SGLang's own kernels"
             )

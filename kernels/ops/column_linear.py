@@ -63,7 +63,9 @@ def column_linear(
     blocks: int = 1,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """``y = x @ w.T (+ bias)`` by R1; each rank of a group computes its own columns (Shoeybi et al., "Megatron-LM", 2019).
+    """``y = x @ w.T (+ bias)`` by R1; each rank of a group computes its own columns.
+
+    (Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism", 2019.)
 
     Args:
         x: bf16 [..., K], the same on every rank.
