@@ -22,8 +22,9 @@ def logprob_inputs():
 
 
 def column_inputs():
-    """(x with gradient, whole weight of a gate and an up block, gradient of all columns)"""
-    return hashed(7, 10, seed=6).requires_grad_(), hashed(2 * WIDTH, 10, seed=7), hashed(7, 2 * WIDTH, seed=8)
+    """(x with gradient, whole weight of a gate and an up block, its bias, gradient of all columns)"""
+    bias = hashed(2 * WIDTH, seed=9)
+    return hashed(7, 10, seed=6).requires_grad_(), hashed(2 * WIDTH, 10, seed=7), bias, hashed(7, 2 * WIDTH, seed=8)
 
 
 def share_of_columns(x: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
@@ -48,15 +49,16 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         hidden, shard, targets, temperature=0.7, entropy=True, group=dist.group.WORLD, vocabulary=VOCABULARY
     )
     scored.logprob.backward(torch.arange(len(targets)).float() - 3)
-    columns, weight, dy = column_inputs()
-    own = share_of_columns(weight, rank, ranks).requires_grad_()
-    y = kernels.column_linear(columns, own, segments=SEGMENTS, blocks=2, group=dist.group.WORLD)
+    columns, weight, bias, dy = column_inputs()
+    own, own_bias = (share_of_columns(t, rank, ranks).requires_grad_() for t in (weight, bias))
+    y = kernels.column_linear(columns, own, own_bias, segments=SEGMENTS, blocks=2, group=dist.group.WORLD)
     y.backward(share_of_columns(dy.t(), rank, ranks).t())
     np.savez(
         folder / f"{rank}.npz", total=total.detach().numpy(), dx=local.grad.float().numpy(),
         logprob=scored.logprob.detach().numpy(), entropy=scored.entropy.numpy(),
         dhidden=hidden.grad.float().numpy(), dhead=shard.grad.float().numpy(),
         columns=y.detach().float().numpy(), dcolumns=columns.grad.float().numpy(), down=own.grad.float().numpy(),
+        dbias=own_bias.grad.float().numpy(),
     )  # fmt: skip
     dist.destroy_process_group()
 

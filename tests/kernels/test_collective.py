@@ -59,8 +59,8 @@ def test_a_shared_vocabulary_gives_the_bits_of_a_whole_one(ranks):
 
 def test_shared_columns_have_one_gradient(ranks):
     """dX is eight chains, each over a segment's gate columns and then its up columns, added as a tree."""
-    x, w, dy = column_inputs()
-    y = kernels.linear(x, w.requires_grad_())
+    x, w, bias, dy = column_inputs()
+    y = kernels.linear(x, w.requires_grad_(), bias.requires_grad_())
     y.backward(dy)
     order = torch.cat([torch.cat([gate, up]) for gate, up in zip(*torch.arange(96).view(2, 8, 6), strict=True)])
     dx = kernels.linear(dy[:, order].contiguous(), w.detach()[order].t().contiguous(), segments=8)
@@ -68,6 +68,7 @@ def test_shared_columns_have_one_gradient(ranks):
         assert_same_bits(got["columns"], share_of_columns(y.detach().t(), r, len(ranks)).t(), f"columns of rank {r}")
         assert_same_bits(got["dcolumns"], dx, f"dx of rank {r}")
         assert_same_bits(got["down"], share_of_columns(w.grad, r, len(ranks)), f"dw of rank {r}")
+        assert_same_bits(got["dbias"], share_of_columns(bias.grad, r, len(ranks)), f"dbias of rank {r}")
 
 
 def test_the_tree_is_not_just_any_order():
