@@ -65,7 +65,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(model) -> Outcome:
-    with RolloutEngine(config(model, segments=SEGMENTS, capture_experts=True)) as engine:
+    options = {"segments": SEGMENTS, "capture_experts": True}
+    with RolloutEngine(config(model, **options), start_timeout_s=400) as engine:
         generations = engine.generate(requests(), timeout_s=120)
         alone = []
         for request in requests():
@@ -150,7 +151,7 @@ def test_digests_cover_every_rank(outcome, policies):
 
 def test_a_hook_missing_on_the_second_rank_is_refused(tiny_models):
     with pytest.raises(HookError, match="'silu_and_mul' did not take effect on rank 1: 0 calls"):
-        RolloutEngine(config(tiny_models["llama"], segments=2, disabled_hooks=("silu_and_mul@1",)))
+        RolloutEngine(config(tiny_models["llama"], segments=2, disabled_hooks=("silu_and_mul@1",)), start_timeout_s=400)
 
 
 @pytest.mark.parametrize(
