@@ -47,10 +47,13 @@ CONTAINERS = {
 
 @dataclass
 class Hook:
-    """One op, bound at ``sites`` (module, attribute, function), called ``per_forward`` times in a forward pass."""
+    """One op, bound at ``sites`` (module, attribute, function), called ``per_forward`` times in a forward pass.
+
+    ``op`` None: nothing is computed there any more.
+    """
 
     name: str
-    op: str
+    op: str | None
     per_forward: int
     calls: int = 0
     sites: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
@@ -181,7 +184,7 @@ def _expected(layers: int, head_norms: bool, router: Router | None, ranks: Ranks
         yield Hook("moe_combine", "moe_combine", sparse)
     if ranks.size > 1:
         yield Hook("tree_all_reduce", "tree_all_reduce", 2 * layers + shared)
-        yield Hook("group_sum", "none", 2 * layers)
+        yield Hook("group_sum", None, 2 * layers)
 
 
 def _check_cache(runner: Any) -> None:
