@@ -2,6 +2,7 @@
 
 One launch of four ranks (gloo, or NCCL with a GPU each) runs the layouts one after the other on tiny random models.
 Each row of the table compares, bit by bit, with the model on one rank and the same number of row-parallel segments.
+Below them stand rows in which SGLang, on one rank and on several, samples what Megatron's one rank scores.
 Exits with 1 if a token of any layout differs, or none where the order of addition does.
 """
 
@@ -16,16 +17,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from zerokl.bench import rollout_layouts
+
 RANKS = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--timeout", type=float, default=600, help="seconds the whole matrix may take")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds Megatron's part may take")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
-    rows = run(options.device, options.timeout)
+    rows = run(options.device, options.timeout) + rollout_layouts.rows(options.device)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print("\n".join(table(rows)))
@@ -70,7 +73,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows for people; the gradient is compared with the same tokens' on one rank."""
     out = [f"{'model':10} {'layout':50} {'tokens':>7} {'mismatched':>10}  gradient, largest relative difference"]
     for row in rows:
-        gradient = "equal bits" if row["gradient"] == 0 else f"{row['gradient']:.1e}"
+        difference = row["gradient"]
+        gradient = "" if difference is None else "equal bits" if difference == 0 else f"{difference:.1e}"
         out.append(f"{row['model']:10} {row['layout']:50} {row['tokens']:7} {row['mismatched_tokens']:10}  {gradient}")
     return out
 

@@ -41,6 +41,8 @@ def engine_config(
         max_running_requests=rollout.max_running_requests,
         max_total_tokens=rollout.kv_cache_tokens,
         chunked_prefill_size=rollout.chunked_prefill_tokens,
+        segments=1 if stock else config.model.segments,
+        tensor_parallel=1 if stock else rollout.tensor_parallel,
         threads=cores(rollout.threads),
     )
 
@@ -76,7 +78,9 @@ class Actors:
         engine = engine_config(config, model, architecture=architecture, stock=stock)
         started = (
             self.rollout.start.remote(engine, rollout_log, places.scratch, timeout),
-            self.trainer.start.remote(model, train, trainer_log, architecture=architecture, stock=stock),
+            self.trainer.start.remote(
+                model, train, trainer_log, architecture=architecture, segments=config.model.segments, stock=stock
+            ),
         )
         self.manifests: dict[str, Any] = {}
         self.digests: dict[str, dict[str, str]] = {}

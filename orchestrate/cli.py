@@ -73,6 +73,8 @@ def verify(
     seed: Annotated[int, typer.Option(min=0, help="Decides every sampled token.")] = 0,
     control: Annotated[Control | None, typer.Option(help="Run the engines' own kernels instead.")] = None,
     replay: Annotated[Replay, typer.Option(help="Train along the rollout's choice of experts.")] = Replay.off,
+    segments: Annotated[int, typer.Option(help="Cut row-parallel products so, in both engines: 1, 2, 4, 8.")] = 1,
+    rollout_tensor_parallel: Annotated[int, typer.Option(help="Ranks that share SGLang's model: 1, 2, 4, 8.")] = 1,
     inject: Annotated[Fault | None, typer.Option(help="Plant one fault, which must be found.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
@@ -92,6 +94,8 @@ def verify(
         seed=seed,
         stock=control is not None,
         replay=replay.value,
+        segments=segments,
+        rollout_tensor_parallel=rollout_tensor_parallel,
         inject=inject.value if inject else None,
     )
     result = command.run(settings, say=_say)
@@ -116,6 +120,7 @@ def trace(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 samples greedily.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Decides every sampled token.")] = 0,
+    segments: Annotated[int, typer.Option(help="Cut row-parallel products so, in both engines: 1, 2, 4, 8.")] = 1,
     inject_op: Annotated[str | None, typer.Option(help="Plant one ULP in an op: name, or name:call.")] = None,
     inject_layer: Annotated[int | None, typer.Option(help="In this layer; default: outside the layers.")] = None,
     inject_token: Annotated[int, typer.Option(min=0, help="For the token at this position.")] = 0,
@@ -130,7 +135,9 @@ def trace(
     if json is not None:
         files.check_writable(json)
     settings = command.Settings(
-        verify=verify.Settings(model, architecture, prompts, max_new_tokens, temperature, top_p, seed),
+        verify=verify.Settings(
+            model, architecture, prompts, max_new_tokens, temperature, top_p, seed, segments=segments
+        ),
         task=command.task(prompt, input_ids, prompts, request),
         request=request,
         plant=command.plant(inject_op, inject_layer, inject_token, inject_element),

@@ -34,6 +34,9 @@ class ModelTable(Table):
     architecture: str | None = Field(
         default=None, description="package.module.SPEC or file.py:SPEC of one the package does not know"
     )
+    segments: Literal[1, 2, 4, 8] = Field(
+        default=1, description="G of contract R2, in both engines: decides bits, covers every tensor-parallel size"
+    )
 
 
 class RolloutTable(Table):
@@ -51,6 +54,9 @@ class RolloutTable(Table):
     max_running_requests: int = Field(default=64, ge=1)
     chunked_prefill_tokens: int = Field(default=512, ge=16)
     kv_cache_tokens: int = Field(default=16384, ge=64)
+    tensor_parallel: Literal[1, 2, 4, 8] = Field(
+        default=1, description="ranks that share the model (changes no bit); model.segments must cover it"
+    )
     threads: int | None = Field(default=None, ge=1, description="default: all cores (rollout and training take turns)")
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ _SPARSE = ("routing-slots", "tie-break", "combine-order", "stale-bias", "replay-
 _TIMEOUT_S = 300.0
 
 
-def check(fault: Fault | None, config: ModelConfig, replay: Mode, *, stock: bool) -> None:
+def check(fault: Fault | None, config: ModelConfig, replay: Mode, *, stock: bool, ranks: int = 1) -> None:
     """Raise UserError for a fault that the model, or the run, has no place for."""
     if fault in _SPARSE and config.moe is None:
         raise UserError(f"--inject {fault}: {config.architecture} is dense", "use a mixture-of-experts model")
@@ -32,6 +32,8 @@ def check(fault: Fault | None, config: ModelConfig, replay: Mode, *, stock: bool
         raise UserError(f"--inject {fault}: only zerokl's own router can be faulty", "leave out --control stock")
     if fault == "stale-bias" and not (config.moe and config.moe.router.bias):
         raise UserError(f"--inject stale-bias: {config.architecture} has no selection bias", "use another model")
+    if fault == "tie-break" and ranks > 1:
+        raise UserError("--inject tie-break: changes weights of an engine of one rank", "use one rank")
     if fault == "tie-break" and replay == "on":
         raise UserError("--inject tie-break: a replayed choice breaks no tie", "use --replay off or --replay check")
     if fault == "replay-shift" and replay == "off":
@@ -42,7 +44,8 @@ def plant(fault: Fault | None, engine: RolloutEngine, policy: MegatronPolicy) ->
     """Faults that are there before the first token is sampled."""
     if fault == "weight-bit":
         # the lowest mantissa bit of one element: the smallest fault a transfer could leave
-        engine.flip_weight_bit(min(engine.weights_digest(timeout_s=_TIMEOUT_S)), 0, 0)
+        name, _, _ = min(engine.weights_digest(timeout_s=_TIMEOUT_S)).partition("@")
+        engine.flip_weight_bit(name, 0, 0)
     if fault in ("routing-slots", "combine-order", "tie-break"):
         from zerokl.alignment.megatron import moe_faults
 

@@ -42,6 +42,8 @@ def build(engine: dict[str, Any], trainer: dict[str, Any], observed: Observed) -
     backend = f"cpu-{_ISA.get(level, level)}"
     ops: dict[str, dict[str, Any]] = {}
     for hook in (engine.get("hooks") or {}).get("hooks", []):
+        if hook["op"] is None:
+            continue
         entry = ops.setdefault(hook["op"], {"backend": backend, "rollout_calls": 0, "trainer_calls": 0})
         entry["rollout_calls"] += hook["calls"]
     for name, calls in sorted(observed.calls.items()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zerokl.alignment.architectures import Architecture
+from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.orchestrate import models
 from zerokl.orchestrate.callables import load_architecture, load_callable
@@ -58,6 +59,7 @@ def prepare(config: Config, base: Path) -> Prepared:
     if model_config:
         attempt(partial(_check_lengths, config, model_config))
         attempt(partial(_check_routing, config, model_config))
+        attempt(partial(_check_layout, config, model_config))
     source = attempt(lambda: _source(config, base))
     reward = attempt(
         lambda: load_callable(config.reward.function, positional=2, options=config.reward.options, base=base)
@@ -92,6 +94,18 @@ def _check_routing(config: Config, model: ModelConfig) -> None:
     if config.train.routing_replay != "off" and model.moe is None:
         raise UserError(f"train.routing_replay = {config.train.routing_replay}: {model.architecture} routes nothing",
                         "set it to off")  # fmt: skip
+
+
+def _check_layout(config: Config, model: ModelConfig) -> None:
+    if config.rollout.tensor_parallel > 1:
+        raise UserError(
+            f"rollout.tensor_parallel = {config.rollout.tensor_parallel}: weights are pushed to one rank only",
+            "set it to 1; zerokl verify takes --rollout-tensor-parallel",
+        )
+    try:
+        Layout(segments=config.model.segments).check(model)
+    except LayoutError as error:
+        raise UserError(f"model.segments = {config.model.segments}: {error}", "choose a smaller one") from error
 
 
 def _absolute(config: Config, base: Path) -> Config:

@@ -187,7 +187,7 @@ def _record(
     for side in ("rollout", "trainer"):
         (place / side).mkdir()
     plants = {settings.side: settings.plant}
-    engine, policy = verify.start(folder, [request], architecture, trace=True)
+    engine, policy = verify.start(folder, [request], architecture, trace=True, segments=settings.verify.segments)
     with engine:
         engine.trace(place / "rollout", plants.get("rollout"), timeout_s=verify.START_TIMEOUT_S)
         generations = engine.generate([request], timeout_s=verify.GENERATE_TIMEOUT_S)

@@ -42,13 +42,21 @@ class Trainer:
     train: TrainTable
 
     def start(
-        self, model: Path, train: TrainTable, log: Path, *, architecture: Architecture | None = None, stock: bool
+        self,
+        model: Path,
+        train: TrainTable,
+        log: Path,
+        *,
+        architecture: Architecture | None = None,
+        segments: int = 1,
+        stock: bool,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Load the model; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
 
         `stock`: Megatron's own layers and no optimizer, for the control.
         """
         redirect_output(log)
+        from zerokl.alignment.megatron.layout import Layout
         from zerokl.alignment.megatron.policy import MegatronPolicy
 
         self.policy = MegatronPolicy(
@@ -59,6 +67,7 @@ class Trainer:
             recompute=train.recompute,
             replay="off" if stock else train.routing_replay,
             threads=train.threads,
+            layout=Layout(segments=1 if stock else segments),
         )
         self.train = train
         return self.policy.manifest(), self.policy.weights_digest()

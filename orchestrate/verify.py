@@ -40,7 +40,8 @@ _EXTREMES = 3  # printed; the JSON file holds more
 @dataclass(frozen=True)
 class Settings:
     """The command's options; ``architecture``: the name of one the package does not know, ``stock``: the engines' own
-    kernels, ``replay``: see `alignment.routing_replay`, ``inject``: one planted fault."""
+    kernels, ``replay``: see `alignment.routing_replay`, ``segments``: of contract R2, in both engines,
+    ``rollout_tensor_parallel``: ranks of the rollout engine, ``inject``: one planted fault."""
 
     model: str
     architecture: str | None = None
@@ -51,6 +52,8 @@ class Settings:
     seed: int = 0
     stock: bool = False
     replay: Mode = "off"
+    segments: int = 1
+    rollout_tensor_parallel: int = 1
     inject: faults.Fault | None = None
 
 
@@ -71,11 +74,15 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     architecture = load_architecture(settings.architecture, Path.cwd()) if settings.architecture else None
     folder, requests = make_requests(settings, architecture=architecture)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = start(folder, requests, architecture, stock=settings.stock, replay=settings.replay)
+    engine, policy = start(
+        folder, requests, architecture, stock=settings.stock, replay=settings.replay,
+        segments=settings.segments, tensor_parallel=settings.rollout_tensor_parallel,
+    )  # fmt: skip
     with engine:
         faults.plant(settings.inject, engine, policy)
         generations = engine.generate(requests, timeout_s=GENERATE_TIMEOUT_S)
-        digests = engine.weights_digest(timeout_s=START_TIMEOUT_S), policy.weights_digest()
+        theirs = policy.weights_digest(settings.rollout_tensor_parallel)
+        digests = engine.weights_digest(timeout_s=START_TIMEOUT_S), theirs
         engine_manifest = engine.manifest()
     say(f"sampled {sum(len(g.output_ids) for g in generations)} tokens; scoring them in the training forward")
     generations = faults.damage_records(settings.inject, generations)
@@ -150,6 +157,7 @@ def trace_command(settings: Settings, mismatch: Mismatch | None) -> str:
         "model": settings.model, "architecture": settings.architecture, "prompts": settings.prompts,
         "request": mismatch.request if mismatch else 0, "max-new-tokens": settings.max_new_tokens,
         "temperature": settings.temperature, "top-p": settings.top_p, "seed": settings.seed,
+        "segments": settings.segments if settings.segments > 1 else None,
     }  # fmt: skip
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["zerokl", "trace", *words])
@@ -168,7 +176,8 @@ def make_requests(
     folder = models.resolve(settings.model, architecture)
     config = models.check(folder, architecture)
     _check_moe(settings, config)
-    faults.check(settings.inject, config, settings.replay, stock=settings.stock)
+    ranks = settings.rollout_tensor_parallel
+    faults.check(settings.inject, config, settings.replay, stock=settings.stock, ranks=ranks)
     tokenizer = Tokenizer(folder, config.vocab_size)
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
@@ -215,8 +224,12 @@ def start(
     stock: bool = False,
     replay: Mode = "off",
     trace: bool = False,
+    segments: int = 1,
+    tensor_parallel: int = 1,
 ) -> tuple[RolloutEngine, MegatronPolicy]:
-    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record."""
+    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record,
+    ``tensor_parallel``: ranks of the engine; ``segments``: of both."""
+    from zerokl.alignment.megatron.layout import Layout
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 
@@ -231,12 +244,17 @@ def start(
         context_length=longest,
         max_total_tokens=max(16384, 2 * longest),
         chunked_prefill_size=CHUNK,
+        segments=segments,
+        tensor_parallel=tensor_parallel,
         threads=cores(None),
     )
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=START_TIMEOUT_S)
         try:
-            policy = MegatronPolicy(folder, architecture=architecture, stock=stock, replay=replay, threads=cores(None))
+            policy = MegatronPolicy(
+                folder, architecture=architecture, stock=stock, replay=replay, threads=cores(None),
+                layout=Layout(segments=segments),
+            )  # fmt: skip
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()

@@ -7,6 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
+from zerokl.alignment.tensor_parallel import Widths, size_problem, width_problem
 
 
 class LayoutError(ModelError):
@@ -45,13 +46,10 @@ class Layout:
     segments: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "segments"):
-            size = getattr(self, name)
-            self._require(size in (1, 2, 4, 8), f"{name}={size}; supported: 1, 2, 4, 8")
+        self._refuse(size_problem(self.tensor, self.segments))
         for name in ("pipeline", "virtual_pipeline", "expert", "context"):
             size = getattr(self, name)
             self._require(size >= 1, f"{name}={size} must be positive")
-        self._require(self.segments % self.tensor == 0, f"segments={self.segments} must cover tensor={self.tensor}")
         self._require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel needs tensor above 1")
         self._require(
             self.virtual_pipeline == 1 or self.pipeline > 1, "virtual_pipeline needs pipeline stages; set pipeline"
@@ -108,32 +106,16 @@ class Layout:
 
     def check(self, model: ModelConfig) -> None:
         """Raise LayoutError naming what of the model does not divide, or what is not supported for it."""
-        heads, head = model.num_attention_heads, model.head_dim
-        depth = {
-            "intermediate_size": model.intermediate_size,
-            "attention's output": heads * head,
-            "attention's input projection": (heads + 2 * model.num_key_value_heads) * head,
-        }
-        if model.moe is not None:
-            depth |= {
-                "moe_intermediate_size": model.moe.intermediate_size,
-                "the shared experts' width": model.moe.shared_size,
-            }
-        for name, width in depth.items():
-            self._require(
-                self.segments == 1 or width % (2 * self.segments) == 0,
-                f"{name} {width} does not divide into segments={self.segments} of whole pairs",
-            )
-        heads = model.num_key_value_heads
-        split = self.tensor * self.context  # context parallelism splits heads inside attention
-        self._require(
-            heads % split == 0,
-            f"{heads} key-value heads do not divide over tensor={self.tensor} times context={self.context}",
+        moe = model.moe
+        widths = Widths(
+            heads=model.num_attention_heads,
+            kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            intermediate=model.intermediate_size,
+            vocabulary=model.vocab_size,
+            experts=None if moe is None else moe.intermediate_size,
         )
-        self._require(
-            self.tensor == 1 or model.vocab_size % 8 == 0,
-            f"a vocabulary of {model.vocab_size} over tensor={self.tensor}; supported: multiples of 8",
-        )
+        self._refuse(width_problem(widths, tensor=self.tensor, segments=self.segments, context=self.context))
         layers = model.num_hidden_layers
         self._require(layers % self.stages == 0, f"{layers} layers do not divide into {self.stages} stages")
         if model.moe is None:
@@ -143,5 +125,8 @@ class Layout:
         self._require(experts % self.expert == 0, f"{experts} experts do not divide over expert={self.expert}")
 
     def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise LayoutError(f"layout: {message}")
+        self._refuse(None if condition else message)
+
+    def _refuse(self, problem: str | None) -> None:
+        if problem is not None:
+            raise LayoutError(f"layout: {problem}")

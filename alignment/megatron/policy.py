@@ -39,6 +39,7 @@ from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
 from zerokl.alignment.routing import RoutingError
 from zerokl.alignment.routing_replay import Mode, Replay
+from zerokl.alignment.tensor_parallel import rank_name, rank_part
 from zerokl.alignment.types import LossFunction, PackedBatch
 
 # What an exported folder takes over from the source folder, besides the weights.
@@ -256,9 +257,16 @@ class MegatronPolicy:
         state = WholeTensors(self._holding, self._weights)
         return megatron_to_hf(self.config, convert_moe.stack_experts(state) if self.stock else state)
 
-    def weights_digest(self) -> dict[str, str]:
-        """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal."""
-        return {name: _digest(tensor) for name, tensor in self.named_weights()}
+    def weights_digest(self, ranks: int = 1) -> dict[str, str]:
+        """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal.
+
+        ``ranks``: of the parts that so many tensor-parallel ranks of a rollout engine hold (`tensor_parallel`).
+        """
+        return {
+            rank_name(name, rank, ranks): _digest(rank_part(name, tensor, rank, ranks))
+            for name, tensor in self.named_weights()
+            for rank in range(ranks)
+        }
 
     def export_hf(self, target: str | Path) -> None:
         """Write a Hugging Face model folder: current weights, and config and tokenizer files of the source model.

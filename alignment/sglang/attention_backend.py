@@ -109,6 +109,6 @@ def create(runner: Any) -> ZeroKLAttention:
 
 
 def _add_report(result: Any, binding: hooks.Binding) -> Any:
-    """SGLang's own state read-back carries the hooks' report out of the scheduler process."""
-    result.internal_state["zerokl"] = binding.report()
+    """SGLang's own state read-back, which runs on every rank, carries the reports out of the first one's process."""
+    result.internal_state["zerokl"] = binding.reports()
     return result

@@ -14,6 +14,7 @@ from zerokl.alignment import architectures
 from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.routing import Router, RoutingError, router_of
 from zerokl.alignment.sglang.errors import UnsupportedError
+from zerokl.alignment.tensor_parallel import Widths, size_problem, width_problem
 from zerokl.alignment.types import Request
 
 DISABLED_HOOKS_KEY = "zerokl_disabled_hooks"
@@ -23,6 +24,10 @@ ARCHITECTURE_KEY = "zerokl_architecture"
 """The same for `EngineConfig.architecture`, as a JSON object."""
 TRACE_KEY = "zerokl_trace"
 """The same for `EngineConfig.trace`."""
+SEGMENTS_KEY = "zerokl_segments"
+"""The same for `EngineConfig.segments`; there in every engine that runs zerokl's kernels, and in no other."""
+
+_VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary to it; a rank's share is to hold no padding
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,17 @@ class EngineConfig:
 
     context_length: most tokens of prompt and response together; max_running_requests: batch limit of decoding;
     max_total_tokens: slots of the KV cache; chunked_prefill_size: longest piece of a prompt in one forward pass;
-    page_size: KV cache page (changes no bit); threads: CPU threads of the engine's arithmetic.
+    page_size: KV cache page (changes no bit); threads: CPU threads of the engine's arithmetic, shared by its ranks.
+    tensor_parallel: ranks that share the model (changes no bit); segments: G of contract R2, into how many chains a
+    row-parallel product is cut. It decides bits: the trainer's `Layout.segments` must be the same.
     architecture: one that the package does not know (see `alignment.architectures`).
     stock: SGLang's own kernels instead of zerokl's, for control measurements.
     capture_experts: return the experts every token went to with each generation (`alignment.routing_replay`).
     trace: be able to record what every op computes (`RolloutEngine.trace`), one request at a time.
     weight_loader: module with the functions ``load``, ``digest``, ``flip_bit`` and ``trace`` SGLang calls by name.
     log_path: file for the engine's output; by default in a temporary folder that goes with the engine.
-    disabled_hooks: hooks to leave out, a fault for tests: the engine must then refuse to start.
+    disabled_hooks: hooks to leave out (`name`, or `name@rank` on one rank), a fault for tests: the engine must then
+    refuse to start.
     """
 
     model_path: str
@@ -53,6 +61,8 @@ class EngineConfig:
     page_size: int = 1
     radix_cache: bool = True
     trace: bool = False
+    tensor_parallel: int = 1
+    segments: int = 1
     threads: int = 2
     weight_loader: str = "zerokl.weightsync.sglang_loader"
     log_path: str | None = None
@@ -68,6 +78,12 @@ class EngineConfig:
         if self.trace and (self.stock or self.radix_cache):
             raise UnsupportedError("trace: needs zerokl's kernels (stock=False) and every token computed "
                                    "(radix_cache=False)")  # fmt: skip
+        if problem := size_problem(self.tensor_parallel, self.segments):
+            raise UnsupportedError(f"engine: {problem}")
+        if self.tensor_parallel > 1 and self.trace:
+            raise UnsupportedError("trace: needs one rank (tensor_parallel=1); bits are the same")
+        if self.segments > 1 and self.stock:
+            raise UnsupportedError("stock: SGLang's own kernels know no segments and run on one rank here")
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class ModelInfo:
     architecture: Architecture
     vocab_size: int
     max_positions: int
+    widths: Widths
     router: Router | None = None
 
 
@@ -98,6 +115,7 @@ def inspect_model(model_path: str, plugin: Architecture | None = None) -> ModelI
             _architecture(str(config["architectures"][0]), plugin),
             int(config["vocab_size"]),
             int(config["max_position_embeddings"]),
+            _widths(config),
             router_of(config),
         )
     except UnsupportedError:
@@ -109,6 +127,19 @@ def inspect_model(model_path: str, plugin: Architecture | None = None) -> ModelI
     _check_supported(info, config)
     _check_weights(folder)
     return info
+
+
+def _widths(config: dict[str, Any]) -> Widths:
+    heads = int(config["num_attention_heads"])
+    experts = config.get("moe_intermediate_size")
+    return Widths(
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+        intermediate=int(config["intermediate_size"]),
+        vocabulary=int(config["vocab_size"]),
+        experts=None if experts is None else int(experts),
+    )
 
 
 def _architecture(name: str, plugin: Architecture | None) -> Architecture:
@@ -143,6 +174,18 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged or truncated ({error}); fetch or convert the model again") from error
+
+
+def check_parallel(config: EngineConfig, model: ModelInfo) -> None:
+    """Raise UnsupportedError for a model that segments or ranks do not divide."""
+    problem = width_problem(
+        model.widths,
+        tensor=config.tensor_parallel,
+        segments=config.segments,
+        vocabulary_multiple=_VOCABULARY_MULTIPLE,
+    )
+    if problem is not None:
+        raise UnsupportedError(f"engine: {problem}")
 
 
 def check_requests(requests: Sequence[Request], config: EngineConfig, model: ModelInfo) -> None:

@@ -32,7 +32,7 @@ from zerokl.alignment import routing_replay
 from zerokl.alignment.openmp import PASSIVE
 from zerokl.alignment.recorder import Plant
 from zerokl.alignment.sglang import errors, protocol
-from zerokl.alignment.sglang.config import EngineConfig, check_requests, inspect_model
+from zerokl.alignment.sglang.config import EngineConfig, check_parallel, check_requests, inspect_model
 from zerokl.alignment.sglang.errors import EngineError
 from zerokl.alignment.types import Generation, Request
 
@@ -53,6 +53,7 @@ class RolloutEngine:
         """
         self.config = config
         self._model = inspect_model(config.model_path, config.architecture)
+        check_parallel(config, self._model)
         if config.context_length > self._model.max_positions:
             raise ValueError(
                 f"context_length {config.context_length} exceeds the model's {self._model.max_positions} positions"
@@ -94,11 +95,17 @@ class RolloutEngine:
         return self._ask(message, protocol.Digests, timeout_s, f"weights {version!r} to load").digests
 
     def weights_digest(self, *, timeout_s: float = 60) -> dict[str, str]:
-        """xxh3_128 of every live parameter, by Hugging Face name; a tied head counts as the embedding only."""
+        """xxh3_128 of every live parameter, by Hugging Face name; a tied head counts as the embedding only.
+
+        Under tensor parallelism of every rank's part, by `tensor_parallel.rank_name`.
+        """
         return self._ask(protocol.WeightsDigest(), protocol.Digests, timeout_s, "the weights' digest").digests
 
     def flip_weight_bit(self, name: str, element: int, bit: int, *, timeout_s: float = 60) -> None:
-        """Flip one bit of one live parameter (Hugging Face name, flat element index): fault injection."""
+        """Flip one bit of one live parameter (Hugging Face name, flat element index): fault injection.
+
+        Under tensor parallelism of the last rank's part.
+        """
         message = protocol.FlipWeightBit(name, element, bit)
         self._ask(message, protocol.Done, timeout_s, f"a bit of {name} to flip")
 
@@ -137,12 +144,14 @@ class RolloutEngine:
 
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         env = os.environ | {
-            "OMP_NUM_THREADS": str(self.config.threads),
+            "OMP_NUM_THREADS": str(max(1, self.config.threads // self.config.tensor_parallel)),
             "SGLANG_USE_CPU_ENGINE": "1" if not _has_cuda() else "0",
             # SGLang keeps a few positions to itself; the requests' exact limit is checked here
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
             "TMPDIR": str(self._folder),
         }
+        if self.config.tensor_parallel > 1:
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(self.config.tensor_parallel)
         if not self.config.stock:
             env = PASSIVE | env
         command = [sys.executable, "-P", "-m", "zerokl.alignment.sglang.engine_child", str(theirs.fileno())]
@@ -226,6 +235,12 @@ def _exception(failed: protocol.Failed) -> Exception:
     if failed.kind in kind:
         return kind[failed.kind](failed.message)
     return EngineError(f"{failed.kind}: {failed.message}")
+
+
+def _cores_by_rank(ranks: int) -> str:
+    """The cores of each rank in SGLang's form; by default it wants a NUMA node for each."""
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(",".join(map(str, cores[rank::ranks] or cores)) for rank in range(ranks))
 
 
 def _has_cuda() -> bool:

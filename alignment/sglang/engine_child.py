@@ -34,14 +34,17 @@ from zerokl.alignment.sglang import protocol
 from zerokl.alignment.sglang.config import (
     ARCHITECTURE_KEY,
     DISABLED_HOOKS_KEY,
+    SEGMENTS_KEY,
     TRACE_KEY,
     EngineConfig,
     inspect_model,
 )
 from zerokl.alignment.sglang.errors import EngineError
-from zerokl.alignment.sglang.report import check_report
+from zerokl.alignment.sglang.report import check_reports
+from zerokl.alignment.tensor_parallel import rank_name
 from zerokl.alignment.types import Request
 
+_RANK_CALL = "zerokl.alignment.sglang.rank_calls.call"
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
 _FLUSH_S = 30.0
 
@@ -104,11 +107,13 @@ class _Server:
         self.capture = model.router if config.capture_experts else None
         self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
         self.version = "default"
-        report = self._warm_up()
+        self._warm_up()
+        reports = None if config.stock else self._reports()
         self.manifest = {
             "engine": "sglang",
             "stock": config.stock,
-            "hooks": report,
+            "hooks": None if reports is None else reports[0],
+            "ranks": reports,
             "config": {name: value for name, value in vars(config).items() if name != "log_path"},
             "versions": _versions(),
         }
@@ -116,13 +121,17 @@ class _Server:
     def serve(self, command: protocol.Command) -> protocol.Message:
         match command:
             case protocol.Generate(requests):
-                return protocol.Generated(self._run(_generate(self.engine, requests, self.capture)))
+                generations = self._run(_generate(self.engine, requests, self.capture))
+                if self.config.tensor_parallel > 1 and not self.config.stock:
+                    self._reports()  # every rank sampled the same
+                return protocol.Generated(generations)
             case protocol.LoadWeights(manifest, version):
                 return self._load(manifest, version)
             case protocol.WeightsDigest():
-                return protocol.Digests(self._call_loader("digest", {}))
+                return protocol.Digests(self._all_digests("digest", {}))
             case protocol.FlipWeightBit(name, element, bit):
-                self._call_loader("flip_bit", {"name": name, "element": element, "bit": bit})
+                last = [self.config.tensor_parallel - 1]
+                self._call_loader("flip_bit", {"name": name, "element": element, "bit": bit}, last)
                 self._flush()
                 return protocol.Done()
             case protocol.Trace(folder, plant):
@@ -141,20 +150,21 @@ class _Server:
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self.engine.loop.run_until_complete(coroutine)
 
-    def _warm_up(self) -> dict[str, Any] | None:
-        """Run one prefill and one decode step, then check that every hook took part in both."""
+    def _warm_up(self) -> None:
+        """Run one prefill and one decode step."""
         self.engine.generate(input_ids=[0, 1], sampling_params={"max_new_tokens": 2, "ignore_eos": True})
         self._flush()
-        if self.config.stock:
-            return None
-        report = self.engine.get_server_info()["internal_states"][0].get("zerokl")
-        check_report(report)
-        return report
+
+    def _reports(self) -> list[dict[str, Any]]:
+        """What every rank's hooks report: each took part in every forward pass so far, and all ranks sampled alike."""
+        reports = self.engine.get_server_info()["internal_states"][0].get("zerokl")
+        check_reports(reports, self.config.tensor_parallel)
+        return reports
 
     def _load(self, manifest: str, version: str) -> protocol.Digests:
         from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
 
-        digests = self._call_loader("load", {"manifest": json.loads(manifest)})
+        digests = self._all_digests("load", {"manifest": json.loads(manifest)})
         self._flush()  # the cache holds keys and values of the old weights
         self._run(self.engine.tokenizer_manager.update_weight_version(UpdateWeightVersionReqInput(new_version=version)))
         return protocol.Digests(digests)
@@ -165,32 +175,44 @@ class _Server:
         if not result.success:
             raise EngineError(f"SGLang did not flush its cache: {result.message}")
 
-    def _call_loader(self, function: str, request: dict[str, Any]) -> Any:
-        """Run one function of the weight loader on the live model, inside SGLang's weight-update window.
+    def _all_digests(self, function: str, request: dict[str, Any]) -> dict[str, str]:
+        """The digests that a function of the weight loader answers on every rank, by `rank_name`."""
+        ranks = self.config.tensor_parallel
+        answers = enumerate(self._call_loader(function, request))
+        return {rank_name(name, rank, ranks): digest for rank, own in answers for name, digest in own.items()}
+
+    def _call_loader(self, function: str, request: dict[str, Any], ranks: Sequence[int] | None = None) -> list[Any]:
+        """Run one function of the weight loader on the live model of all ranks, or of ``ranks``, inside SGLang's
+        weight-update window; their answers.
 
         SGLang calls such a function with the model and the tensors sent, and drops what it returns. So the request
-        goes in as one small tensor of JSON, and the answer comes back in a file only this call knows.
+        goes in as one small tensor of JSON, and the answers come back in files only this call knows (`rank_calls`).
         """
         import torch
 
-        answer = Path(tempfile.gettempdir()) / f"answer-{secrets.token_hex(8)}.json"
-        payload = torch.frombuffer(bytearray(json.dumps(request | {"answer": str(answer)}).encode()), dtype=torch.uint8)
+        ranks = range(self.config.tensor_parallel) if ranks is None else ranks
+        stem = Path(tempfile.gettempdir()) / f"answer-{secrets.token_hex(8)}.json"
+        answers = {rank: str(stem.with_suffix(f".{rank}.json")) for rank in ranks}
+        call = {"function": f"{self.config.weight_loader}.{function}", "request": request, "answers": answers}
+        payload = torch.frombuffer(bytearray(json.dumps(call).encode()), dtype=torch.uint8)
         _require("begin_weight_update", self.engine.begin_weight_update())
         try:
             sent = self.engine.update_weights_from_tensor(
-                [("request", payload)], load_format=f"{self.config.weight_loader}.{function}", flush_cache=False
+                [("request", payload)], load_format=_RANK_CALL, flush_cache=False
             )
         finally:
             ended = self.engine.end_weight_update()
         _require("update_weights_from_tensor", sent)
         _require("end_weight_update", ended)
         try:
-            result = json.loads(answer.read_text())
+            results = [json.loads(Path(answer).read_text()) for answer in answers.values()]
         finally:
-            answer.unlink(missing_ok=True)
-        if "error" in result:
-            raise EngineError(result["error"])
-        return result["result"]
+            for answer in answers.values():
+                Path(answer).unlink(missing_ok=True)
+        for result in results:
+            if "error" in result:
+                raise EngineError(result["error"])
+        return [result["result"] for result in results]
 
 
 def _require(call: str, outcome: tuple[bool, str]) -> None:
@@ -264,7 +286,6 @@ def _tokens(index: int, request: Request, result: dict[str, Any], capture: Route
 
 
 def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
-    loaders = [f"{config.weight_loader}.{function}" for function in ("load", "digest", "flip_bit", "trace")]
     args: dict[str, Any] = {
         "model_path": config.model_path,
         "dtype": config.dtype,
@@ -278,19 +299,29 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "disable_radix_cache": not config.radix_cache,
         "sleep_on_idle": True,  # or an idle scheduler spins, on a core that the trainer needs
         "disable_overlap_schedule": True,  # log-probabilities leave the sampler as Python floats
-        "custom_weight_loader": loaders,
+        "custom_weight_loader": [_RANK_CALL],
+        "tp_size": config.tensor_parallel,
         "disable_shared_experts_fusion": True,  # the shared expert is added last, not as one slot among others
         "enable_return_routed_experts": config.capture_experts,
         "log_level": "warning",
     }
-    overrides: dict[str, Any] = {DISABLED_HOOKS_KEY: list(config.disabled_hooks), TRACE_KEY: config.trace}
-    if config.architecture is not None:
-        overrides[ARCHITECTURE_KEY] = asdict(config.architecture)
-    if any(overrides.values()):
-        args["json_model_override_args"] = json.dumps(overrides)
+    if not config.stock:
+        args["json_model_override_args"] = json.dumps(_overrides(config))
     if on_cpu:
         args |= {"device": "cpu", "disable_cuda_graph": True, "mem_fraction_static": 0.3}
     return args
+
+
+def _overrides(config: EngineConfig) -> dict[str, Any]:
+    """What the hooks need to know, as additions to the model's configuration: that reaches every rank."""
+    overrides: dict[str, Any] = {
+        SEGMENTS_KEY: config.segments,
+        DISABLED_HOOKS_KEY: list(config.disabled_hooks),
+        TRACE_KEY: config.trace,
+    }
+    if config.architecture is not None:
+        overrides[ARCHITECTURE_KEY] = asdict(config.architecture)
+    return overrides
 
 
 def _skip_unused_models(needed: str) -> None:

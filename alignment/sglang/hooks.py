@@ -8,7 +8,7 @@ them, and `report.check_report` refuses an engine whose counts differ after its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,15 +28,15 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.runtime_context import get_parallel
 
 from zerokl import kernels
 from zerokl.alignment import architectures
 from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.routing import Router, router_of
 from zerokl.alignment.sglang import moe_hooks, sampling
-from zerokl.alignment.sglang.config import ARCHITECTURE_KEY, DISABLED_HOOKS_KEY
+from zerokl.alignment.sglang.config import ARCHITECTURE_KEY, DISABLED_HOOKS_KEY, SEGMENTS_KEY
 from zerokl.alignment.sglang.errors import UnsupportedError
+from zerokl.alignment.sglang.ranks import Ranks
 
 CONTAINERS = {
     "UnquantizedFusedMoEMethod",  # a child of the experts, whose forward is bound
@@ -47,10 +47,13 @@ CONTAINERS = {
 
 @dataclass
 class Hook:
-    """One op, bound at ``sites`` (module, attribute, function), called ``per_forward`` times in a forward pass."""
+    """One op, bound at ``sites`` (module, attribute, function), called ``per_forward`` times in a forward pass.
+
+    ``op`` None: nothing is computed there any more.
+    """
 
     name: str
-    op: str
+    op: str | None
     per_forward: int
     calls: int = 0
     sites: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
@@ -73,9 +76,14 @@ class Binding:
     hooks: dict[str, Hook]
     backend: Any
     sampler: Any
+    ranks: Ranks
 
-    def report(self) -> dict[str, Any]:
-        """What `check_report` needs, in plain types that cross SGLang's process boundary."""
+    def reports(self) -> list[dict[str, Any]]:
+        """What `check_reports` needs, of every rank. Every rank must call it."""
+        return self.ranks.gathered(self._report())
+
+    def _report(self) -> dict[str, Any]:
+        """This rank's own, in plain types that cross SGLang's process boundary."""
         rows = [
             {
                 "hook": hook.name,
@@ -89,7 +97,13 @@ class Binding:
         ]
         rows.append(_built("attention", "attention_paged", self.layers, self.backend.calls))
         rows.append(_built("sample", "sample", 1, self.sampler.calls))
-        return {"architecture": self.architecture, "forwards": self.backend.forwards, "hooks": rows}
+        return {
+            "rank": self.ranks.rank,
+            "architecture": self.architecture,
+            "forwards": self.backend.forwards,
+            "sampled": self.sampler.sampled(),
+            "hooks": rows,
+        }
 
 
 def _built(hook: str, op: str, per_forward: int, calls: int) -> dict[str, Any]:
@@ -102,13 +116,16 @@ def bind(runner: Any, backend: Any) -> Binding:
     config = model.config
     architecture = _architecture(type(model).__name__, getattr(config, ARCHITECTURE_KEY, None))
     containers = CONTAINERS.union(architecture.sglang_containers)
-    _check_layout(runner)
+    _check_cache(runner)
+    ranks = Ranks(getattr(config, SEGMENTS_KEY))
     runner.sampler = sampling.create()
     described = config.to_dict() | {"architectures": [architecture.name]}
     router, head_norms = router_of(described), architecture.has_head_norm(described)
     _check_rotary(model, architecture, float(architecture.rotated_fraction(described)))
-    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, head_norms, router)}
-    disabled = set(getattr(config, DISABLED_HOOKS_KEY, ()))
+    table = {hook.name: hook for hook in _expected(config.num_hidden_layers, head_norms, router, ranks)}
+    if ranks.size > 1:
+        ranks.replace_sums(table["tree_all_reduce"], table["group_sum"])
+    disabled = _disabled(getattr(config, DISABLED_HOOKS_KEY, ()), ranks.rank)
     for name, module in model.named_modules():  # a shared module (tied embedding, rotary table) comes once
         binder = _BINDERS.get(type(module)) or _MODEL_BINDERS.get(type(module).__name__)
         if binder is None:
@@ -117,8 +134,14 @@ def bind(runner: Any, backend: Any) -> Binding:
             continue
         bind_module, names = binder
         if disabled.isdisjoint(names):
-            bind_module(name, module, *(table[key] for key in names))
-    return Binding(architecture.name, config.num_hidden_layers, table, backend, runner.sampler)
+            bind_module(name, module, ranks, *(table[key] for key in names))
+    return Binding(architecture.name, config.num_hidden_layers, table, backend, runner.sampler, ranks)
+
+
+def _disabled(names: Iterable[str], rank: int) -> set[str]:
+    """The hooks left out on this rank: those named alone, or with it."""
+    split = (name.partition("@") for name in names)
+    return {name for name, _, where in split if where in ("", str(rank))}
 
 
 def _architecture(name: str, plugin: dict[str, Any] | None) -> Architecture:
@@ -141,12 +164,13 @@ def _check_rotary(model: Any, architecture: Architecture, fraction: float) -> No
                 )
 
 
-def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[Hook]:
+def _expected(layers: int, head_norms: bool, router: Router | None, ranks: Ranks) -> Iterator[Hook]:
     """The hooks and how often one forward pass must call each."""
     sparse = 0 if router is None else router.sparse_layers
     shared = 0 if router is None or not router.shared_experts else sparse
     yield Hook("embedding", "embedding", 1)
-    yield Hook("linear", "linear", 2 * layers + 2 * (layers - sparse + shared))
+    yield Hook("linear", "linear", layers + layers - sparse + shared)
+    yield Hook("row_linear", "linear", layers + layers - sparse + shared)
     yield Hook("rms_norm", "rms_norm", 1 + (2 * layers if head_norms else 0))
     yield Hook("add_rms_norm", "rms_norm", 2 * layers)
     yield Hook("rotary", "rotary", layers)
@@ -158,46 +182,59 @@ def _expected(layers: int, head_norms: bool, router: Router | None) -> Iterator[
         yield Hook("moe_permute", "moe_permute", sparse)
         yield Hook("grouped_linear", "grouped_linear", 2 * sparse)
         yield Hook("moe_combine", "moe_combine", sparse)
+    if ranks.size > 1:
+        yield Hook("tree_all_reduce", "tree_all_reduce", 2 * layers + shared)
+        yield Hook("group_sum", None, 2 * layers)
 
 
-def _check_layout(runner: Any) -> None:
-    parallel = get_parallel()
-    if (parallel.tp_size, parallel.pp_size, parallel.dp_size) != (1, 1, 1):
-        raise UnsupportedError(
-            f"tp, pp and dp size must be 1: got {parallel.tp_size, parallel.pp_size, parallel.dp_size}"
-        )
+def _check_cache(runner: Any) -> None:
     key = runner.token_to_kv_pool.get_key_buffer(0)
     if key.dim() != 3 or key.dtype is not torch.bfloat16:
         raise UnsupportedError(f"the KV pool must be bfloat16 [slots, heads, dim]: got {key.dtype} {tuple(key.shape)}")
 
 
-def _bind_embedding(name: str, module: Any, hook: Hook) -> None:
+def _bind_embedding(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         hook.calls += 1
-        return kernels.embedding(ids.long(), module.weight)
+        return ranks.embedding(ids.long(), module)
 
     if module.output_dtype is not None:
         raise UnsupportedError(f"module {name}: output_dtype is not supported")
     hook.attach(module, "forward", forward)
 
 
-def _bind_linear(name: str, module: Any, hook: Hook) -> None:
+def _bind_linear(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:  # noqa: ARG001
+    _check_linear(name, module)
+    _attach_linear(name, module, hook, lambda x: kernels.linear(x, module.weight, module.bias))
+
+
+def _bind_row_linear(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:
+    _check_linear(name, module)
+    if ranks.size > 1 and module.bias is not None:
+        raise UnsupportedError(f"module {name}: a bias under tensor parallelism is not supported")
+    _attach_linear(name, module, hook, lambda x: ranks.row_linear(x, module.weight, module.bias))
+
+
+def _check_linear(name: str, module: Any) -> None:
     if type(module.quant_method) is not UnquantizedLinearMethod or module.weight.dtype is not torch.bfloat16:
         raise UnsupportedError(f"module {name}: quantized or non-bfloat16 weights are not supported")
     if module.skip_bias_add:
         raise UnsupportedError(f"module {name}: skip_bias_add is not supported")
 
+
+def _attach_linear(name: str, module: Any, hook: Hook, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
+
     def forward(x: torch.Tensor, *_: Any, output_tensor: torch.Tensor | None = None, **__: Any) -> Any:
         if output_tensor is not None:
             raise UnsupportedError(f"module {name}: a caller-owned output is not supported")
         hook.calls += 1
-        return kernels.linear(x, module.weight, module.bias), None
+        return product(x), None
 
     hook.attach(module, "forward", forward)
 
 
-def _bind_norm(name: str, module: Any, plain: Hook, added: Hook) -> None:
+def _bind_norm(name: str, module: Any, ranks: Ranks, plain: Hook, added: Hook) -> None:  # noqa: ARG001
     if module.variance_size_override is not None or not module.has_weight or module.weight.dtype is not torch.bfloat16:
         raise UnsupportedError(f"module {name}: only RMSNorm over the whole row with a bfloat16 weight is supported")
     eps = module.variance_epsilon
@@ -215,7 +252,7 @@ def _bind_norm(name: str, module: Any, plain: Hook, added: Hook) -> None:
     added.attach(module, "forward", forward)
 
 
-def _bind_rotary(name: str, module: Any, hook: Hook) -> None:
+def _bind_rotary(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:  # noqa: ARG001
     dim, interleaved = module.head_size, not module.is_neox_style
     table = kernels.rotary_table(module.max_position_embeddings, module.rotary_dim, module.base)
 
@@ -231,7 +268,7 @@ def _bind_rotary(name: str, module: Any, hook: Hook) -> None:
     hook.attach(module, "forward", forward)
 
 
-def _bind_silu(name: str, module: Any, hook: Hook) -> None:  # noqa: ARG001
+def _bind_silu(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:  # noqa: ARG001
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         hook.calls += 1
@@ -240,7 +277,7 @@ def _bind_silu(name: str, module: Any, hook: Hook) -> None:  # noqa: ARG001
     hook.attach(module, "forward", forward)
 
 
-def _bind_logits(name: str, module: Any, hook: Hook) -> None:
+def _bind_logits(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:
     if module.logit_scale is not None or module.final_logit_softcapping is not None:
         raise UnsupportedError(f"module {name}: logit scaling and soft-capping are not supported")
     vocabulary = module.vocab_size
@@ -249,8 +286,10 @@ def _bind_logits(name: str, module: Any, hook: Hook) -> None:
         if bias is not None:
             raise UnsupportedError(f"module {name}: an LM head bias is not supported")
         hook.calls += 1
-        # SGLang pads the vocabulary; the kernels see its real rows only
-        return kernels.linear(hidden, head.weight[:vocabulary], out_dtype=torch.float32)
+        # SGLang pads the vocabulary; the kernels see its real rows only. Of several ranks each has its share, without
+        # padding, and SGLang puts their logits, as they are, beside each other on every rank
+        rows = head.weight[:vocabulary] if ranks.size == 1 else head.weight
+        return kernels.linear(hidden, rows, out_dtype=torch.float32)
 
     def input_logprobs(*_: Any, **__: Any) -> Any:
         raise UnsupportedError("log-probabilities of prompt tokens (logprob_start_len) are not supported")
@@ -259,7 +298,7 @@ def _bind_logits(name: str, module: Any, hook: Hook) -> None:
     hook.attach(module.input_logprob_processor, "forward", input_logprobs)
 
 
-def _check_attention(name: str, module: Any) -> None:
+def _check_attention(name: str, module: Any, ranks: Ranks) -> None:  # noqa: ARG001
     """The backend computes it; only features it does not know are refused here."""
     plain = (
         module.logit_cap == 0
@@ -274,12 +313,12 @@ def _check_attention(name: str, module: Any) -> None:
         raise UnsupportedError(f"module {name}: only plain causal attention is supported (no window, cap or scales)")
 
 
-def _write_the_cache_apart(name: str, module: Any) -> None:  # noqa: ARG001
+def _write_the_cache_apart(name: str, module: Any, ranks: Ranks) -> None:  # noqa: ARG001
     """On CUDA this model's rotary embedding would also store keys and values; the attention backend does."""
     module.compatible_with_fused_kv_buffer = False
 
 
-def _ignore(name: str, module: Any) -> None:
+def _ignore(name: str, module: Any, ranks: Ranks) -> None:
     """An untied LM head is only a weight: `_compute_lm_head` reads it."""
 
 
@@ -288,7 +327,7 @@ _BINDERS: dict[type, tuple[Callable[..., None], tuple[str, ...]]] = {
     ParallelLMHead: (_ignore, ()),
     QKVParallelLinear: (_bind_linear, ("linear",)),
     MergedColumnParallelLinear: (_bind_linear, ("linear",)),
-    RowParallelLinear: (_bind_linear, ("linear",)),
+    RowParallelLinear: (_bind_row_linear, ("row_linear",)),
     RMSNorm: (_bind_norm, ("rms_norm", "add_rms_norm")),
     RotaryEmbedding: (_bind_rotary, ("rotary",)),
     SiluAndMul: (_bind_silu, ("silu_and_mul",)),

@@ -18,9 +18,10 @@ from zerokl.alignment.sglang.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from zerokl.alignment.sglang.hooks import Hook
+    from zerokl.alignment.sglang.ranks import Ranks
 
 
-def bind_gate(name: str, module: Any, hook: Hook) -> None:
+def bind_gate(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:  # noqa: ARG001
     """A replicated linear layer is supported as the gate of a sparse layer, and nowhere else."""
     if not name.endswith(".mlp.gate"):
         raise UnsupportedError(f"module {name}: a replicated linear layer is supported as a router's gate only")
@@ -36,7 +37,7 @@ def bind_gate(name: str, module: Any, hook: Hook) -> None:
     hook.attach(module, "forward", forward)
 
 
-def bind_topk(name: str, module: Any, hook: Hook) -> None:
+def bind_topk(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:  # noqa: ARG001
     """The choice of experts. It also feeds SGLang's capture of routed experts, as SGLang's own top-k does."""
     config = module.topk_config
     options = _scoring(name, config)
@@ -70,7 +71,7 @@ def _scoring(name: str, config: Any) -> dict[str, Any]:
     return {"scoring": "sigmoid", "groups": groups, "bias": bias, "scale": 1.0 if scale is None else scale}
 
 
-def bind_wide_gate(name: str, module: Any, hook: Hook) -> None:
+def bind_wide_gate(name: str, module: Any, ranks: Ranks, hook: Hook) -> None:  # noqa: ARG001
     """A gate that SGLang widens to fp32: narrowed to the checkpoint's bf16 again, which must lose nothing."""
     narrow = module.weight.detach().to(torch.bfloat16)
     if not torch.equal(narrow.float(), module.weight):
@@ -84,7 +85,7 @@ def bind_wide_gate(name: str, module: Any, hook: Hook) -> None:
     hook.attach(module, "forward", forward)
 
 
-def bind_block(name: str, module: Any, combine: Hook) -> None:
+def bind_block(name: str, module: Any, ranks: Ranks, combine: Hook) -> None:  # noqa: ARG001
     """A sparse block with shared experts. SGLang's would scale the routed sum and add the shared output, each rounded;
     here the weights are scaled (`bind_topk`) and the shared output joins the combination, which counts the call, before
     its one rounding."""
@@ -98,9 +99,10 @@ def bind_block(name: str, module: Any, combine: Hook) -> None:
     combine.attach(module, "forward", forward)
 
 
-def bind_experts(name: str, module: Any, permute: Hook, grouped: Hook, silu: Hook, combine: Hook) -> None:
-    """w13_weight [E, 2 F, H] holds gate rows and then up rows of every expert, w2_weight [E, H, F] the way back."""
-    _check_experts(name, module)
+def bind_experts(name: str, module: Any, ranks: Ranks, permute: Hook, grouped: Hook, silu: Hook, combine: Hook) -> None:
+    """w13_weight [E, 2 F, H] holds gate rows and then up rows of every expert, w2_weight [E, H, F] the way back; each
+    rank has an equal part of the F. The experts' outputs are whole before they are combined."""
+    _check_experts(name, module, ranks)
 
     def forward(
         hidden_states: torch.Tensor, topk_output: Any, pre_quant_input: Any = None, shared: torch.Tensor | None = None
@@ -112,7 +114,7 @@ def bind_experts(name: str, module: Any, permute: Hook, grouped: Hook, silu: Hoo
         grouped.calls += 2
         silu.calls += 1
         h = kernels.silu_and_mul(kernels.grouped_linear(rows, module.w13_weight, permutation.offsets))
-        y = kernels.grouped_linear(h, module.w2_weight, permutation.offsets)
+        y = ranks.grouped_row_linear(h, module.w2_weight, permutation.offsets)
         combine.calls += 1
         return kernels.moe_combine(y, permutation, topk_output.topk_weights, shared=shared)
 
@@ -120,7 +122,7 @@ def bind_experts(name: str, module: Any, permute: Hook, grouped: Hook, silu: Hoo
         hook.attach(module, "forward", forward)
 
 
-def _check_experts(name: str, module: Any) -> None:
+def _check_experts(name: str, module: Any, ranks: Ranks) -> None:
     config, method = module.moe_runner_config, module.quant_method
     plain = (
         type(method) is UnquantizedFusedMoEMethod
@@ -136,5 +138,5 @@ def _check_experts(name: str, module: Any) -> None:
     )
     if not plain:
         raise UnsupportedError(f"module {name}: only unquantized bfloat16 SwiGLU experts are supported")
-    if module.num_fused_shared_experts or (module.moe_tp_size, module.moe_ep_size) != (1, 1):
-        raise UnsupportedError(f"module {name}: fused shared experts and experts split over ranks are not supported")
+    if module.num_fused_shared_experts or (module.moe_tp_size, module.moe_ep_size) != (ranks.size, 1):
+        raise UnsupportedError(f"module {name}: fused shared experts and experts spread over ranks are not supported")

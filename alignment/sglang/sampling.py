@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import xxhash
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -22,11 +24,19 @@ DEFAULT_SEED = 42  # SGLang's own, for a request that names none
 
 
 class ZeroKLSampler(Sampler):
-    """Samples every row by its own seed and position, so a token does not depend on its batch."""
+    """Samples every row by its own seed and position, so a token does not depend on its batch.
+
+    Ranks that share a model each sample, from the same bits of all logits; `sampled` shows that they drew the same.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self._sampled = xxhash.xxh3_128()
+
+    def sampled(self) -> str:
+        """The digest of all tokens so far, and of both log-probabilities of each; of nothing where one rank is all."""
+        return self._sampled.hexdigest()
 
     def forward(  # SGLang's signature
         self,
@@ -57,6 +67,9 @@ class ZeroKLSampler(Sampler):
             seed=sampling_info.sampling_seed,
             position=positions + 1,
         )
+        if dist.get_world_size(self.tp_sync_group) > 1:
+            for values in sampled:
+                self._sampled.update(values.cpu().numpy().tobytes())
         if return_logprob:
             logits_output.next_token_logprobs = sampled.logprob
             logits_output.customized_info = {RAW_LOGPROB: sampled.raw_logprob.tolist()}

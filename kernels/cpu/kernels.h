@@ -108,7 +108,7 @@ struct ScaledLinear {
   void moe_combine_backward(int64_t tokens, int64_t n, int64_t slots, const uint16_t* y, const int64_t* position,               \
                             const float* weight, const uint16_t* dout, uint16_t* dy, float* dweight);                           \
   void grouped_linear(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w,      \
-                      uint16_t* y, int segments);                                                                               \
+                      void* y, bool y_bf16, int segments);                                                                      \
   void grouped_linear_dx(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* w,  \
                          uint16_t* dx);                                                                                         \
   void grouped_linear_dw(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* x,  \

@@ -181,10 +181,12 @@ void moe_combine_backward(int64_t tokens, int64_t n, int64_t slots, const uint16
 }
 
 // Expert e owns rows [offsets[e], offsets[e + 1]) of x and y, and w[e].
-void grouped_linear(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, uint16_t* y, int segments) {
+void grouped_linear(int64_t experts, const int64_t* offsets, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, void* y, bool y_bf16,
+                    int segments) {
   for (int64_t e = 0; e < experts; e++) {
     const int64_t first = offsets[e], rows = offsets[e + 1] - first;
-    if (rows > 0) gemm(rows, n, k, {x + first * k, k, 1}, {w + e * n * k, 1, k}, {y + first * n, true, n, nullptr, false}, segments);
+    char* own = static_cast<char*>(y) + first * n * (y_bf16 ? 2 : 4);
+    if (rows > 0) gemm(rows, n, k, {x + first * k, k, 1}, {w + e * n * k, 1, k}, {own, y_bf16, n, nullptr, false}, segments);
   }
 }
 

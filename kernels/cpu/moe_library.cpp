@@ -76,7 +76,8 @@ const int64_t* checked(const Tensor& offsets, int64_t experts, int64_t rows) {
 
 void op_grouped_linear(const Tensor x, const Tensor w, const Tensor offsets, int64_t segments, const Tensor y) {
   const int64_t *at = checked(offsets, w.size(0), x.size(0)), n = w.size(1), k = w.size(2);
-  ZEROKL_CALL(grouped_linear, w.size(0), at, n, k, data<uint16_t>(x), data<uint16_t>(w), data<uint16_t>(y), int(segments));
+  void* out = is_bf16(y) ? static_cast<void*>(data<uint16_t>(y)) : data<float>(y);
+  ZEROKL_CALL(grouped_linear, w.size(0), at, n, k, data<uint16_t>(x), data<uint16_t>(w), out, is_bf16(y), int(segments));
 }
 
 void op_grouped_linear_dx(const Tensor dy, const Tensor w, const Tensor offsets, const Tensor dx) {

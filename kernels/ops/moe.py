@@ -267,15 +267,17 @@ def moe_combine(
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, segments: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, segments: int, out_dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, w, offsets)
         ctx.weight = w
-        return _grouped_linear(x, w, offsets, segments)
+        return _grouped_linear(x, w, offsets, segments, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w, offsets = ctx.saved_tensors
-        dy = dy.contiguous()
+        dy = dy.to(torch.bfloat16).contiguous()  # the gradient of an fp32 output is rounded once
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
@@ -284,26 +286,35 @@ class _GroupedLinear(torch.autograd.Function):
             grad = WeightGrad(ctx.weight)
             ops.grouped_linear_dw(dy, x, offsets, grad.buffer)
             dw = grad.result()
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
-def _grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, segments: int) -> torch.Tensor:
-    y = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
+def _grouped_linear(
+    x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, segments: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    y = torch.empty((x.shape[0], w.shape[1]), dtype=out_dtype, device=x.device)
     ops.grouped_linear(x, w, offsets, segments, y)
     return y
 
 
-def grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, *, segments: int = 1) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    segments: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """``x[offsets[e] : offsets[e + 1]] @ w[e].T`` for every expert: the rows of each follow R1 and R2 of ``linear``.
 
     Args:
         x: bf16 [R, K], rows grouped by expert.
         w: bf16 [E, N, K].
         offsets: int64 [E + 1] from 0 to R, never falling; an expert may own no row, or all.
-        segments: as in :func:`linear`.
+        segments, out_dtype: as in :func:`linear`.
 
     Returns:
-        bf16 [R, N]. Backward as ``linear``, expert by expert (dw into ``w.main_grad`` if there is one).
+        [R, N]. Backward as ``linear``, expert by expert (dw into ``w.main_grad`` if there is one).
 
     Raises:
         ValueError: unsupported dtype, shape or segment count. RuntimeError: offsets that do not fit.
@@ -321,8 +332,14 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, *, s
         op,
         f"offsets are {offsets.dtype} {tuple(offsets.shape)}; expected int64 ({w.shape[0] + 1},)",
     )
+    out_dtype = out_dtype or torch.bfloat16
+    check(
+        out_dtype in (torch.bfloat16, torch.float32),
+        op,
+        lambda: f"out_dtype {out_dtype}; supported: bfloat16, float32",
+    )
     check_segments(op, segments, w.shape[2])
     check(w.is_contiguous(), op, "w must be contiguous")
     x, offsets = x.contiguous(), offsets.contiguous()
     forward = _GroupedLinear.apply if needs_grad(x, w) else _grouped_linear
-    return forward(x, w, offsets, segments)
+    return forward(x, w, offsets, segments, out_dtype)

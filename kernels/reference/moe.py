@@ -139,9 +139,10 @@ def combine_backward(y: Array, position: Array, weights: Array, dout: Array) -> 
     return bf16(dy), dw
 
 
-def grouped_linear(x: Array, w: Array, offsets: Array, *, segments: int = 1) -> Array:
+def grouped_linear(x: Array, w: Array, offsets: Array, *, segments: int = 1, round_output: bool = True) -> Array:
     """Rows [offsets[e], offsets[e + 1]) of x by w[e]."""
-    return np.concatenate([linear(x[a:b], w[e], segments=segments) for e, (a, b) in enumerate(pairwise(offsets))])
+    options: dict[str, Any] = {"segments": segments, "round_output": round_output}
+    return np.concatenate([linear(x[a:b], w[e], **options) for e, (a, b) in enumerate(pairwise(offsets))])
 
 
 def grouped_linear_backward(x: Array, w: Array, offsets: Array, dy: Array, dw: Array) -> tuple[Array, Array]:

@@ -42,6 +42,7 @@ def grouped_kernel(
     w_row,
     w_column,
     SEGMENTS: tl.constexpr,
+    ROUND: tl.constexpr,
     EVEN_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,7 +50,8 @@ def grouped_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y [R, n] = a [R, k] w[e] [k, n] for the rows of each expert e, all bf16; depth = k / SEGMENTS.
+    """y [R, n] = a [R, k] w[e] [k, n] for the rows of each expert e, bf16 (y fp32 without ROUND);
+    depth = k / SEGMENTS.
 
     A program's rows belong to one expert. Rows and columns past the edge repeat the last ones and are not stored.
     """
@@ -76,7 +78,7 @@ def grouped_kernel(
         else:
             acc = chain(a_at, w_at, tl.zeros(shape, tl.float32), depth, 1, w_row, BLOCK_K, EVEN_K)
         mask = (row < end)[:, None] & (column < n)[None, :]
-        tl.store(y_ptr + row[:, None] * n + column[None, :], to_bf16(acc), mask=mask)
+        tl.store(y_ptr + row[:, None] * n + column[None, :], to_bf16(acc) if ROUND else acc, mask=mask)
 
 
 @triton.jit
@@ -139,6 +141,7 @@ def _grouped(
         n * k,
         *strides,
         SEGMENTS=segments,
+        ROUND=y.dtype == torch.bfloat16,
         EVEN_K=(k // segments) % config.block_k == 0,
         EXPERTS=triton.next_power_of_2(experts),
         BLOCK_M=config.block_m,
@@ -150,7 +153,7 @@ def _grouped(
 
 
 def grouped_linear(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, segments: int, y: torch.Tensor) -> None:
-    """``zerokl::grouped_linear``: x bf16 [R, K], w bf16 [E, N, K], offsets int64 [E + 1], y bf16 [R, N]."""
+    """``zerokl::grouped_linear``: x bf16 [R, K], w bf16 [E, N, K], offsets int64 [E + 1], y bf16 or fp32 [R, N]."""
     _grouped(x, w, offsets, y, (1, w.shape[2]), segments)
 
 

@@ -17,7 +17,7 @@ from zerokl.alignment.sglang import EngineConfig, RolloutEngine, protocol
 from zerokl.alignment.sglang.config import inspect_model
 from zerokl.alignment.sglang.engine_child import _require, _routed
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
-from zerokl.alignment.sglang.report import check_report
+from zerokl.alignment.sglang.report import check_reports
 from zerokl.alignment.types import Request, SamplingParams
 
 
@@ -116,7 +116,9 @@ def test_refusals_of_sglang_are_errors():
 
 
 REPORT = {
+    "rank": 0,
     "forwards": 2,
+    "sampled": "",
     "hooks": [
         {"hook": "linear", "op": "linear", "sites": 8, "per_forward": 8, "calls": 16, "intact": True},
         {"hook": "sample", "op": "sample", "sites": 1, "per_forward": 1, "calls": 2, "intact": True},
@@ -125,7 +127,7 @@ REPORT = {
 
 
 def test_hook_reports_are_judged():
-    check_report(REPORT)
+    check_reports([REPORT], 1)
     for broken, message in [
         (None, "reports no zerokl binding"),
         (REPORT | {"forwards": 1}, "needs a prefill and a decode step"),
@@ -133,7 +135,22 @@ def test_hook_reports_are_judged():
         (REPORT | {"hooks": [REPORT["hooks"][0] | {"intact": False}]}, "'linear' did not .* replaced it since"),
     ]:
         with pytest.raises(HookError, match=message):
-            check_report(broken)
+            check_reports(broken and [broken], 1)
+
+
+def test_every_rank_is_judged():
+    second = REPORT | {"rank": 1}
+    check_reports([REPORT, second], 2)
+    lazy = second | {"hooks": [REPORT["hooks"][0] | {"calls": 15}]}
+    for broken, message in [
+        ([REPORT], r"ranks \[0\] report a binding, 0 to 1 expected"),
+        ([REPORT, REPORT], r"ranks \[0, 0\] report"),
+        ([REPORT, lazy], "'linear' did not take effect on rank 1: 15 calls"),
+        ([REPORT, second | {"forwards": 4, "hooks": []}], r"ranks differ in forwards: \[2, 4\]"),
+        ([REPORT, second | {"sampled": "other"}], "ranks differ in sampled"),
+    ]:
+        with pytest.raises(HookError, match=message):
+            check_reports(broken, 2)
 
 
 @pytest.fixture

@@ -114,7 +114,8 @@ def reference_hidden(model: Path, batch: PackedBatch) -> tuple[torch.Tensor, tor
 def test_every_hook_is_proven(engine):
     hooks = {row["hook"]: row for row in engine.manifest()["hooks"]["hooks"]}
     assert set(hooks) == {
-        "embedding", "linear", "rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "lm_head", "attention", "sample",
+        "embedding", "linear", "row_linear", "rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "lm_head",
+        "attention", "sample",
     }  # fmt: skip
     assert all(row["calls"] == 2 * row["per_forward"] > 0 and row["intact"] for row in hooks.values())
 

@@ -177,6 +177,30 @@ def test_grouped_linear(isa, counts, segments):
     assert_same_bits(dw, arith.bf16(want[1]), "dw")
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+def test_grouped_linear_without_rounding(isa, segments):
+    """What ranks that share the experts' columns add up; the gradient is rounded first."""
+    counts, k, n = [0, 5, 1, 14], 44, 37
+    offsets = torch.tensor(np.cumsum([0, *counts]))
+    x = hashed(sum(counts), k, seed=1, kind="cancel").requires_grad_()
+    w = hashed(len(counts), n, k, seed=2).requires_grad_()
+    y = kernels.grouped_linear(x, w, offsets, segments=segments, out_dtype=torch.float32)
+    want = ref.grouped_linear(f32(x), f32(w), offsets.numpy(), segments=segments, round_output=False)
+    assert y.dtype == torch.float32
+    assert_same_bits(y, want, "y")
+    dy = hashed(sum(counts), n, seed=3).float() * 1.001
+    rounded = kernels.grouped_linear(x, w, offsets, segments=segments)
+    got, expected = (torch.autograd.grad(out, (x, w), g) for out, g in ((y, dy), (rounded, dy.bfloat16())))
+    for name, a, b in zip(("dx", "dw"), got, expected, strict=True):
+        assert_same_bits(a, b, name)
+
+
+def test_grouped_linear_refuses_other_outputs():
+    offsets = torch.tensor([0, 2, 6])
+    with pytest.raises(ValueError, match=r"grouped_linear: out_dtype torch\.float16; supported"):
+        kernels.grouped_linear(hashed(6, 8, seed=1), hashed(2, 4, 8, seed=2), offsets, out_dtype=torch.float16)
+
+
 @pytest.mark.parametrize("offsets", [[0, 3, 2, 6], [1, 2, 3, 6], [0, 2, 4, 7]])
 def test_grouped_linear_refuses_wrong_offsets(offsets):
     with pytest.raises(RuntimeError, match="offsets"):

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,26 @@ def test_routing_options_need_a_sparse_model(zerokl, tiny, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--segments", "3"], "segments=3; supported: 1, 2, 4, 8"),
+        (["--rollout-tensor-parallel", "2"], "segments=1 must cover tensor=2"),
+        (["--rollout-tensor-parallel", "4", "--segments", "4"], "2 key-value heads do not divide over tensor=4"),
+        (["--control", "stock", "--segments", "2"], "SGLang's own kernels know no segments"),
+    ],
+)
+def test_segments_and_ranks_that_cannot_be(zerokl, tiny, options, message):
+    code, _, err = zerokl("verify", "--model", tiny, *options)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--control", "stock", "--inject", "combine-order"], "only zerokl's own router can be faulty"),
         (["--inject", "replay-shift"], "nothing is replayed"),
         (["--inject", "tie-break", "--replay", "on"], "a replayed choice breaks no tie"),
         (["--inject", "stale-bias"], "Qwen3MoeForCausalLM has no selection bias"),
+        (["--inject", "tie-break", "--rollout-tensor-parallel", "2"], "changes weights of an engine of one rank"),
     ],
 )
 def test_options_a_sparse_model_has_no_place_for(zerokl, tiny_moe, options, message):
@@ -176,6 +193,7 @@ def test_the_trace_of_a_failed_verification():
         "--top-p 0.9 --seed 3"
     )
     assert "--request 0" in verify.trace_command(settings, None)
+    assert verify.trace_command(replace(settings, segments=2), None).endswith("--seed 3 --segments 2")
 
 
 def test_a_fault_without_a_place_names_what_runs():
@@ -227,6 +245,8 @@ def test_a_recipe_whose_model_cannot_do_what_it_says(zerokl, tiny, tiny_moe):
     for model, change, message in [
         (tiny, "train.routing_replay=check", "LlamaForCausalLM routes nothing"),
         (tiny_moe, "train.routing_replay=maybe", "train.routing_replay"),
+        (tiny, "model.segments=3", "model.segments"),
+        (tiny, "rollout.tensor_parallel=2", "rollout.tensor_parallel = 2: weights are pushed to one rank only"),
     ]:
         code, _, err = zerokl("train", recipe, "--dry-run", "--set", f"model.name={model}", "--set", change)
         assert code == 2

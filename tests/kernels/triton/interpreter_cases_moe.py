@@ -216,7 +216,8 @@ def test_grouped_linear(counts, segments):
     rows, k, n = sum(counts), 88 if segments > 1 else 43, 37
     offsets = torch.tensor(np.cumsum([0, *counts]))
     x, w = hashed(rows, k, seed=1, kind="cancel"), hashed(len(counts), n, k, seed=2)
-    same("grouped_linear", (x, w, offsets, segments), [torch.empty(rows, n, dtype=torch.bfloat16)])
+    for dtype in (torch.bfloat16, torch.float32):
+        same("grouped_linear", (x, w, offsets, segments), [torch.empty(rows, n, dtype=dtype)])
     if segments == 1:
         dy = hashed(rows, n, seed=3)
         same("grouped_linear_dx", (dy, w, offsets), [torch.empty_like(x)])

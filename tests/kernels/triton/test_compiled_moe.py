@@ -17,10 +17,11 @@ OFFSETS = "offsets_ptr:i64"
 def grouped_case(block_m: int, block_n: int, block_k: int, warps: int, stages: int, stack: int = 0, **options) -> Case:
     """The experts' product as linear_config tiles it; k contiguous in the weights, or (DX) not."""
     unit = {"w_column": 1} if options.pop("DX", False) else {"w_row": 1}
-    flags = {"SEGMENTS": 1, "EVEN_K": True, "EXPERTS": 128, "GROUP": 8}
+    rounded = options.get("ROUND", True)
+    flags = {"SEGMENTS": 1, "ROUND": rounded, "EVEN_K": True, "EXPERTS": 128, "GROUP": 8}
     return Case(
         grouped_linear.grouped_kernel,
-        f"a_ptr:bf16 w_ptr:bf16 {OFFSETS} y_ptr:bf16",
+        f"a_ptr:bf16 w_ptr:bf16 {OFFSETS} y_ptr:{'bf16' if rounded else 'fp32'}",
         f"experts n depth tiles_m a_row w_expert {' '.join({'w_row', 'w_column'} - unit.keys())}",
         constants={**flags, **unit, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **options},
         warps=warps,
@@ -89,6 +90,7 @@ CASES = {
         constants={"ROWS": 4},
     ),
     "grouped_linear": grouped_case(128, 128, 64, 8, 4),
+    "grouped_linear_part": grouped_case(128, 128, 64, 8, 4, ROUND=False),
     "grouped_linear_small": grouped_case(16, 64, 128, 4, 4),
     "grouped_linear_tree_of_8": grouped_case(64, 128, 64, 8, 3, 8, SEGMENTS=8),
     "grouped_linear_dx": grouped_case(128, 128, 64, 8, 4, DX=True),
