@@ -189,16 +189,21 @@ def test_a_rank_has_codes_and_scales_in_place_of_a_fused_weight_and_the_rest_unc
     assert made["model.layers.0.self_attn.q_proj.weight"].numel() == 512 * 256
 
 
-ONE, CUT = MegatronSizes(vocabulary_multiple=8), SglangSizes()
+ONE, TWO, FOUR = (MegatronSizes(tp=tp, vocabulary_multiple=8) for tp in (1, 2, 4))
+ENGINE, LOW, NARROW = SglangSizes(), replace(MODEL, head_dim=16), replace(MODEL, ffn=256)
 REFUSED = [
-    ("fp8_block", replace(MODEL, head_dim=16), MegatronSizes(tp=2, vocabulary_multiple=8), CUT)
-    + (r"k_proj.weight' of shape \(128, 256\): rows 0..64 cut blocks of 128",),
+    ("fp8_block", LOW, TWO, ENGINE, r"k_proj.weight' of shape \(128, 256\): rows 0..64 cut blocks of 128"),
     ("fp8_block", MODEL, ONE, SglangSizes(tp=8), r"rows 0..64 cut blocks of 128 \(fp8_block\)"),
-    ("fp8_block", replace(MODEL, kv_heads=1), ONE, CUT, r"v_proj.weight' of shape \(64, 256\) begins at row 576 of"),
-    ("mxfp8", replace(MODEL, hidden=240), ONE, CUT, r"240 columns are no whole blocks of 32 \(mxfp8\)"),
-    ("int4_group128", replace(MODEL, ffn=256), MegatronSizes(tp=4, vocabulary_multiple=8), CUT)
-    + (r"down_proj.weight' of shape \(256, 256\): columns 0..64 cut blocks of 128",),
-    ("int4_group32", replace(MODEL, hidden=252), ONE, CUT, "has no whole codes of 8 columns"),
+    ("fp8_block", replace(MODEL, kv_heads=1), ONE, ENGINE, r"v_proj.weight' of shape \(64, 256\) begins at row 576 of"),
+    ("mxfp8", replace(MODEL, hidden=240), ONE, ENGINE, r"240 columns are no whole blocks of 32 \(mxfp8\)"),
+    (
+        "int4_group128",
+        NARROW,
+        FOUR,
+        ENGINE,
+        r"down_proj.weight' of shape \(256, 256\): columns 0..64 cut blocks of 128",
+    ),
+    ("int4_group32", replace(MODEL, hidden=252), ONE, ENGINE, "has no whole codes of 8 columns"),
 ]
 
 

@@ -126,11 +126,11 @@ class RdmaSource:
     def _start(self, job: Job, name: str, target: Registered, batches: list[Batch]) -> Any:
         copies = [copy for batch in batches for copy in batch.copies]
         sources = {key: (buffer.data_ptr(), buffer.numel()) for key, buffer in self._buffers.items()}
-        here = _runs([(sources[c.source_buffer], c.source_offset, c.source_pitch, c) for c in copies])
+        here = runs([(sources[c.source_buffer], c.source_offset, c.source_pitch, c) for c in copies])
         missing = sorted({c.target_buffer for c in copies} - target.buffers.keys())
         if missing:
             raise TransferError(f"{name} registered no buffer {missing[0]!r}")
-        there = _runs([(target.buffers[c.target_buffer], c.target_offset, c.target_pitch, c) for c in copies])
+        there = runs([(target.buffers[c.target_buffer], c.target_offset, c.target_pitch, c) for c in copies])
         assert self._agent is not None
         api = self._agent.api
         try:
@@ -189,13 +189,18 @@ def parse(data: bytes) -> Registered:
         found = msgspec.msgpack.decode(data, type=Registered)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TransferError(f"not an rdma registration: {error}") from error
-    for name, (address, size) in found.buffers.items():
-        if not (0 < address < 1 << 63 and 0 <= size < 1 << 48):
-            raise TransferError(f"buffer {name!r} of {size} bytes at {address} cannot be")
+    check_places(found.buffers)
     return found
 
 
-def _runs(parts: list[tuple[tuple[int, int], int, int, Copy]]) -> np.ndarray:
+def check_places(buffers: Mapping[str, tuple[int, int]]) -> None:
+    """Raise TransferError for an address or a size (buffer -> both) that no memory has."""
+    for name, (address, size) in buffers.items():
+        if not (0 < address < 1 << 63 and 0 <= size < 1 << 48):
+            raise TransferError(f"buffer {name!r} of {size} bytes at {address} cannot be")
+
+
+def runs(parts: list[tuple[tuple[int, int], int, int, Copy]]) -> np.ndarray:
     """(address, bytes, device 0) of every row of every copy, int64 [n, 3]. Raises TransferError outside a buffer."""
     rows = []
     for (address, size), offset, pitch, copy in parts:
