@@ -105,7 +105,7 @@ def sending_layout(layout: Layout, form: WireForm) -> Layout:
     Raises LayoutError, naming tensor and sizes, if a weight's columns or a rank's share do not consist of whole blocks.
     """
     tensors = layout.check("sender")
-    return Layout(_tensors(layout, form), tuple(_sending(rank, tensors, form) for rank in layout.ranks))
+    return Layout(_tensors(layout, form), _each(layout, lambda rank: _sending(rank, tensors, form)))
 
 
 def receiving_layout(layout: Layout, form: WireForm) -> Layout:
@@ -114,7 +114,7 @@ def receiving_layout(layout: Layout, form: WireForm) -> Layout:
     Raises LayoutError, naming tensor and sizes, if a weight in a fused buffer does not begin and end between blocks.
     """
     tensors = layout.check("receiver")
-    return Layout(_tensors(layout, form), tuple(_receiving(rank, tensors, form) for rank in layout.ranks))
+    return Layout(_tensors(layout, form), _each(layout, lambda rank: _receiving(rank, tensors, form)))
 
 
 def quantise(layout: Layout, rank: int, buffers: Buffers, form: WireForm) -> dict[str, torch.Tensor]:
@@ -133,6 +133,12 @@ def quantise(layout: Layout, rank: int, buffers: Buffers, form: WireForm) -> dic
         for part, data in zip(parts, form.quantise(weight), strict=True):
             made[_buffer(part, box, tensors[name])] = data.contiguous().view(torch.uint8).reshape(-1)
     return made
+
+
+def _each(layout: Layout, change: Callable[[Rank], Rank]) -> tuple[Rank, ...]:
+    """Every rank changed; copies of an engine, which share their ranks, go on sharing them."""
+    changed = {id(rank): change(rank) for rank in {id(rank): rank for rank in layout.ranks}.values()}
+    return tuple(changed[id(rank)] for rank in layout.ranks)
 
 
 def _tensors(layout: Layout, form: WireForm) -> tuple[Tensor, ...]:

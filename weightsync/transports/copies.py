@@ -47,18 +47,26 @@ def target_digests(buffers: Buffers, batches: Iterable[Batch]) -> tuple[bytes, .
 
 
 def _digest(view: torch.Tensor) -> bytes:
+    """Of a GPU's memory, of a copy on the host: xxh3 chains blocks of 1 KiB, so a GPU could hash tensors side by side
+    but not one tensor fast, and both ends must have the same digest."""
+    if view.device.type != "cpu":
+        view = view.cpu()
     return xxhash.xxh3_128_digest(tensor_bytes(view.contiguous()))
 
 
 def move(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes between two CPU views of one shape. By numpy: torch would spread this over threads, which on a machine
-    whose cores an engine is using wait for each other."""
+    """Copy bytes between two views of one shape. Between CPU tensors by numpy: torch would spread this over threads,
+    which on a machine whose cores an engine is using wait for each other."""
+    if target.is_cuda or source.is_cuda:
+        target.copy_(source)
+        return
     np.copyto(target.numpy(), source.numpy())
 
 
 def pack(buffers: Buffers, batch: Batch) -> torch.Tensor:
     """All source bytes of a batch, one after the other."""
-    packed, start = torch.empty(batch.nbytes, dtype=torch.uint8), 0
+    device = buffers[batch.copies[0].source_buffer].device
+    packed, start = torch.empty(batch.nbytes, dtype=torch.uint8, device=device), 0
     for copy in batch.copies:
         move(packed[start : start + copy.nbytes].view(copy.rows, copy.row_bytes), source_view(buffers, copy))
         start += copy.nbytes
