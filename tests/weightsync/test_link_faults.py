@@ -272,7 +272,7 @@ def test_stale_metadata_of_a_restarted_receiver_cannot_pass_for_its_memory(start
     assert run.all_hold(1)
 
 
-def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_completes(start):
+def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_completes(start, monkeypatch):
     run = start("rdma", Interrupted)
     end, reached, go_on = run.receivers[1]._transport, threading.Event(), threading.Event()
 
@@ -286,8 +286,10 @@ def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_complet
     first = threading.Thread(target=lambda: outcomes.append(run.sender.sync("v1")))
     first.start()
     assert reached.wait(30)
+    monkeypatch.setattr(run.sender, "_plan", None)  # it must not come so far: before that it takes from the inbox
     with pytest.raises(WeightSyncError, match="cannot start a transfer of 'v2': that of 'v1' is in transfer"):
         run.sender.sync("v2")
+    monkeypatch.undo()
     go_on.set()
     first.join(30)
     assert outcomes[0].committed
