@@ -45,7 +45,7 @@ def problems() -> list[str]:
         source.close()
     found = []
     if digest != tensor_digest(weights):
-        found.append("the other process found other bytes")
+        found.append("the digest of the device, in the other process, is not the host's")
     if not same_address or allocated:
         found.append(f"the other process copied: {allocated} bytes allocated")
     if msgspec.msgpack.encode(parse_export(said)) != said:
@@ -54,8 +54,8 @@ def problems() -> list[str]:
 
 
 def _other(said: bytes, pipe: Connection) -> None:
-    """The other process: opens the pool, looks at it in place, and only then digests it on the host."""
-    from zerokl.weightsync.digest import tensor_digest
+    """The other process: opens the pool, and digests it in place, on the device."""
+    from zerokl.weightsync.device_digest import digests
     from zerokl.weightsync.transports.cuda_driver import CudaDriver
     from zerokl.weightsync.transports.cuda_ipc import parse_export
 
@@ -65,6 +65,6 @@ def _other(said: bytes, pipe: Connection) -> None:
     offset, size = export.buffers["w"]
     weights = driver.view(pointer, export.nbytes)[offset : offset + size]
     same_address, allocated = weights.data_ptr() == pointer + offset, torch.cuda.memory_allocated() - before
-    pipe.send((tensor_digest(weights.cpu()), same_address, allocated))
+    pipe.send((digests([weights.view(1, -1)])[0].hex(), same_address, allocated))
     del weights
     driver.close(pointer)

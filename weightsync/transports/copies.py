@@ -31,27 +31,28 @@ def target_view(buffers: Buffers, copy: Copy) -> torch.Tensor:
 
 def source_digests(buffers: Buffers, batches: Iterable[Batch]) -> tuple[bytes, ...]:
     """xxh3_128 of what each copy reads, in order; what goes to several receivers is read once."""
-    known: dict[tuple[str, int, int, int, int], bytes] = {}
-    digests = []
-    for copy in (copy for batch in batches for copy in batch.copies):
-        key = (copy.source_buffer, copy.source_offset, copy.source_pitch, copy.rows, copy.row_bytes)
-        if key not in known:
-            known[key] = _digest(source_view(buffers, copy))
-        digests.append(known[key])
-    return tuple(digests)
+    copies = [copy for batch in batches for copy in batch.copies]
+    read = {_source(copy): source_view(buffers, copy) for copy in copies}
+    known = dict(zip(read, _digests(list(read.values())), strict=True))
+    return tuple(known[_source(copy)] for copy in copies)
 
 
 def target_digests(buffers: Buffers, batches: Iterable[Batch]) -> tuple[bytes, ...]:
     """xxh3_128 of what each copy has written, in order."""
-    return tuple(_digest(target_view(buffers, copy)) for batch in batches for copy in batch.copies)
+    return tuple(_digests([target_view(buffers, copy) for batch in batches for copy in batch.copies]))
 
 
-def _digest(view: torch.Tensor) -> bytes:
-    """Of a GPU's memory, of a copy on the host: xxh3 chains blocks of 1 KiB, so a GPU could hash tensors side by side
-    but not one tensor fast, and both ends must have the same digest."""
-    if view.device.type != "cpu":
-        view = view.cpu()
-    return xxhash.xxh3_128_digest(tensor_bytes(view.contiguous()))
+def _source(copy: Copy) -> tuple[str, int, int, int, int]:
+    return copy.source_buffer, copy.source_offset, copy.source_pitch, copy.rows, copy.row_bytes
+
+
+def _digests(views: list[torch.Tensor]) -> list[bytes]:
+    """xxh3_128 of every view [rows, bytes of a row], computed where the bytes are."""
+    if any(view.is_cuda for view in views):
+        from zerokl.weightsync.device_digest import digests  # needs triton, which machines without a GPU may lack
+
+        return digests(views)
+    return [xxhash.xxh3_128_digest(tensor_bytes(view.contiguous())) for view in views]
 
 
 def move(target: torch.Tensor, source: torch.Tensor) -> None:

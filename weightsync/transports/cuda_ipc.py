@@ -2,7 +2,7 @@
 
 The sender copies what it sends into a pool of its own, allocated by the driver, during PREPARE; receivers open the pool
 and copy from there into their shadow buffers. That second copy is made on purpose: memory opened by handle ends with
-the process that exported it, and an engine must outlive its trainer. Nothing passes through host memory but digests.
+the process that exported it, and an engine must outlive its trainer. Nothing passes through host memory.
 
 A handle is data, not code: 64 bytes, the device's UUID, the pool's size, a nonce that the pool itself begins with, and
 where each buffer lies. Receivers check all of it against what they have opened. Buffers are bytes here; what they mean
