@@ -1,8 +1,9 @@
 """xxh3_128 of GPU memory, computed there: the same digests as `digest`, without a copy on the host.
 
 The algorithm is XXH3 (Y. Collet, xxHash specification, doc/xxhash_spec.md) for inputs of more than 240 bytes: eight
-64-bit accumulators take stripes of 64 bytes, 16 stripes make a block, and every block scrambles what is there. So blocks
-follow each other, and what is done side by side are the stripes of a block and the runs of memory, a program to each.
+64-bit accumulators take stripes of 64 bytes, 16 stripes make a block, and every block scrambles what is there. So
+blocks follow each other, and what is done side by side are the stripes of a block and the runs of memory, a program to
+each.
 Checked in Triton's interpreter and by compiling; not run on a GPU yet.
 """
 

@@ -126,7 +126,8 @@ def quantise(layout: Layout, rank: int, buffers: Buffers, form: WireForm) -> dic
     kept = {piece.buffer for piece in held.pieces if not is_quantised(tensors[piece.tensor])}
     made = {name: buffers[name] for name in held.buffers if name in kept}
     for (name, box), pieces in _shares(held, tensors).items():
-        weight = torch.empty(box.bottom - box.top, box.right - box.left, dtype=torch.bfloat16)
+        device = buffers[pieces[0].buffer].device
+        weight = torch.empty(box.bottom - box.top, box.right - box.left, dtype=torch.bfloat16, device=device)
         for piece in pieces:
             _inside(weight, box, piece.box).copy_(_values(buffers[piece.buffer], piece))
         parts = form.parts(tensors[name])

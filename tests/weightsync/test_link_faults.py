@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from parties import MODEL, ONE, ONE_ENGINE, QUICK, TOKEN, Engine, Parties, eventually
 from test_quantised import MODEL as QUANTISED
 from test_transports import ends
@@ -20,6 +21,7 @@ from zerokl.weightsync.megatron_layout import megatron_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.quantised import FORMS, receiving_layout, sending_layout
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
+from zerokl.weightsync.shared import publish
 from zerokl.weightsync.transports import ipc, rdma
 
 TWO_ENGINES = SglangSizes(engines=2)
@@ -89,6 +91,23 @@ def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(sta
     assert run.all_hold(3)
 
 
+def test_rdma_over_a_network_that_goes_down_starts_afresh(start):
+    """What UCX has under way may still arrive; its agents are of no use afterwards, and must be replaced."""
+    ends_over_tcp = [rdma.RdmaSource(devices="lo")], [rdma.RdmaTarget(devices="lo") for _ in range(2)]
+    run = start("rdma", Interrupted, made=ends_over_tcp, deadlines=replace(QUICK, transfer=5))
+    end = run.receivers[1]._transport
+    assert run.sync("v1", seed=1).committed
+    end.armed = cut_tcp
+    outcomes = [run.sync(f"v{seed}", seed) for seed in (2, 3, 4, 5)]
+    assert end.fired > 0  # the witness
+    failed = [outcome.cause for outcome in outcomes if not outcome.committed]
+    assert failed
+    assert all("NIXL cannot register memory" in cause or "write" in cause for cause in failed)
+    assert outcomes[-1].committed
+    assert run.serving() == ["v5", "v5"]
+    assert run.all_hold(5)
+
+
 @pytest.mark.parametrize("name", ["ipc", "rdma", "collective", "disk"])
 def test_a_lost_control_connection_aborts_and_its_end_comes_back(start, name):
     run = start(name, Interrupted)
@@ -139,6 +158,20 @@ def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause):
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
+
+
+def test_full_shared_memory_is_named_and_left_clean():
+    before = set(Path("/dev/shm").iterdir())
+    weights = [("w", torch.ones(1 << 16))]
+    with (
+        little_room(4096),
+        pytest.raises(WeightSyncError, match="cannot write 262144 bytes"),
+        publish(weights, version="v"),
+    ):
+        pass
+    assert set(Path("/dev/shm").iterdir()) <= before
+    with publish(weights, version="v") as manifest:
+        assert Path(manifest.path).exists()
 
 
 def sides(tmp_path, left, right):

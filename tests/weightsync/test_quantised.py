@@ -149,7 +149,7 @@ def test_dequantised_at_the_engine_is_the_weight_that_the_trainer_computes_with(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["fp8_block", "mxfp8"])
+@pytest.mark.parametrize("form", ["fp8_block", "mxfp8", "int4_group32"])
 def test_every_transport_carries_codes_and_scales(name, form, tmp_path):
     trainer, rollout = MegatronSizes(tp=2, vocabulary_multiple=4), SglangSizes(tp=2)
     parties = Parties(

@@ -89,7 +89,11 @@ class RdmaSource:
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
         self._agent = self._agent or _Agent(self._devices)
-        self._agent.register(buffers)
+        try:
+            self._agent.register(buffers)
+        except self._agent.errors as error:
+            self._agent = None
+            raise _broken(error) from error
         self._buffers = buffers
         return b""
 
@@ -160,15 +164,19 @@ class RdmaTarget:
         """``devices``: the network devices that UCX may use; empty: all. ``device``: a GPU for the shadow buffers."""
         self._devices, self._device = devices, device
         self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
-        self._room = Room({})
+        self._given = self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
         self._notices: set[bytes] = set()
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
         self._agent = self._agent or _Agent(self._devices)
-        self._room = room if self._device is None else room.on(self._device, self._room)
+        self._given, self._room = room, room if self._device is None else room.on(self._device, self._room)
         self._buffers = self._room.all()
-        self._agent.register(self._buffers)
+        try:
+            self._agent.register(self._buffers)
+        except self._agent.errors as error:
+            self._agent = None
+            raise _broken(error) from error
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
         return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places, gpu_of(self._buffers)))
 
@@ -185,9 +193,14 @@ class RdmaTarget:
         return Arrived(self._buffers, 0)
 
     def finish(self) -> None:
-        if self._agent is not None and self._room.live is not self._buffers:
+        if self._agent is not None and self._given.live is not self._buffers:
             self._agent.forget()  # the attempt failed: a sender that wakes up late must not write here
         self._buffers = {}
+
+
+def _broken(error: Exception) -> TransferError:
+    """An agent whose network went down registers nothing any more; the next attempt makes a new one."""
+    return TransferError(f"NIXL cannot register memory: {type(error).__name__}: {error}")
 
 
 def parse(data: bytes) -> Registered:
