@@ -122,7 +122,7 @@ def quantise(layout: Layout, rank: int, buffers: Buffers, form: WireForm) -> dic
 
     Costs memory for one weight at a time beside the codes; buffers without quantised weights are passed on as they are.
     """
-    tensors, held = layout.check("sender"), layout.ranks[rank]
+    tensors, held = {tensor.name: tensor for tensor in layout.tensors}, layout.ranks[rank]
     kept = {piece.buffer for piece in held.pieces if not is_quantised(tensors[piece.tensor])}
     made = {name: buffers[name] for name in held.buffers if name in kept}
     for (name, box), pieces in _shares(held, tensors).items():

@@ -129,6 +129,7 @@ def test_every_attempt_has_a_nonce_of_its_own():
     first, second = (parse_export(source.prepare(job, held)) for _ in range(2))
     source.close()
     assert first.handle == second.handle  # the pool is kept
+    assert first.nbytes == 2 << 20  # and shares no block with other allocations
     assert first.nonce != second.nonce
     assert len(first.nonce) == NONCE_BYTES
 

@@ -26,6 +26,8 @@ from zerokl.weightsync.transports.copies import target_view, view
 from zerokl.weightsync.transports.cuda_driver import HANDLE_BYTES, UUID_BYTES, Driver
 
 ALIGNMENT = 512
+POOL_BYTES = 2 << 20
+"""Pools are multiples of this: of a smaller allocation the driver would share what else lies in the same block."""
 NONCE_BYTES = 16
 
 
@@ -56,6 +58,7 @@ class CudaIpcSource:
             end += -(-buffers[name].numel() // ALIGNMENT) * ALIGNMENT
         if end > self._size:
             self.close()
+            end = -(-end // POOL_BYTES) * POOL_BYTES
             self._pool, self._size = self._driver.allocate(end), end
         pool, nonce = self._driver.view(self._pool, self._size), secrets.token_bytes(NONCE_BYTES)
         pool[:NONCE_BYTES] = torch.frombuffer(bytearray(nonce), dtype=torch.uint8).to(pool.device)
