@@ -5,7 +5,8 @@ the same code on the CPU with small sizes and writes nothing. Results go to benc
 
 Checks, per op: the CPU's bytes where the contract gives the same bits on both, else closeness; equal bytes of a row
 alone and in a batch; equal bytes in repeated backward passes, at small sizes a thousand of them beside other work on
-the GPU; equal bytes of a linear layer with every tile size it may get; single matrix instructions against their model.
+the GPU; equal bytes of a linear layer with every tile size it may get; single matrix instructions against their model;
+device memory that another process opens by handle (this one needs msgspec and xxhash too).
 Then times, against torch, the cache emptied before each call. A failed check is recorded, printed and makes the exit
 code 1; the figures are written all the same. SHA-256 digests of the rehearsal's outputs are kept in
 bench/results/digests-<profile>.json and compared in the tests: bits that change show up there by name.
@@ -62,6 +63,7 @@ def main() -> int:
     result["checks"]["backward under load"] = under_load(device, options.small_repeats)
     if device.type == "cuda":
         result["checks"]["linear tiles"] = unequal_tiles()
+        result["checks"]["cuda ipc"] = shared_memory()
     if not options.rehearse:
         RESULTS.mkdir(exist_ok=True)
         name = torch.cuda.get_device_name().lower().replace(" ", "-")
@@ -180,6 +182,16 @@ def unequal_tiles() -> list[str]:
         outputs[config] = x.new_empty(300, 1000)
         matmul(x, w.t(), outputs[config], config=config)
     return [f"{config} differs" for config, y in outputs.items() if not same_bits(y, outputs[first])]
+
+
+def shared_memory() -> list[str]:
+    """What is wrong with device memory shared between two processes."""
+    missing = [name for name in ("msgspec", "xxhash") if not find_spec(name)]
+    if missing:
+        return [f"not run: needs {', '.join(missing)}"]
+    from zerokl.bench import cuda_ipc
+
+    return cuda_ipc.problems()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

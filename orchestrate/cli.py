@@ -176,9 +176,18 @@ def train(
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Option(help="A Hugging Face model folder; only its config.json is read.")],
-    trainer: Annotated[str, typer.Option(help="Megatron's sizes: tp, pp, ep, dp, etp, vocabulary_multiple.")] = "",
-    rollout: Annotated[str, typer.Option(help="SGLang's sizes: tp, ep, engines.")] = "",
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face model folder; only its config.json is read.")
+    ] = None,
+    model_shape: Annotated[str, typer.Option(help="Instead of a folder: kimi-k2 or deepseek-v3.")] = "",
+    trainer: Annotated[
+        str, typer.Option(help="Megatron's sizes: tp, pp, ep, dp, etp, vocabulary_multiple, last_stage.")
+    ] = "",
+    rollout: Annotated[str, typer.Option(help="SGLang's sizes: tp, ep, engines, mlp_tp.")] = "",
+    wire: Annotated[
+        str, typer.Option(help="What travels: bf16, fp8_block, mxfp8, int4_group32, int4_group128.")
+    ] = "bf16",
+    links: Annotated[str, typer.Option(help="GB/s per direction, e.g. nic=50,nvlink=450 (docs/weightsync.md).")] = "",
     speed: Annotated[list[str] | None, typer.Option(help="transport=GB/s, e.g. ipc=10; may be repeated.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
@@ -187,7 +196,7 @@ def plan(
 
     if json is not None:
         files.check_writable(json)
-    result = transfer_plan.run(model, trainer, rollout, speed or [])
+    result = transfer_plan.run(model, model_shape, trainer, rollout, speed or [], wire=wire, links=links)
     if json is not None:
         files.write_json(json, result)
     for line in transfer_plan.lines(result):

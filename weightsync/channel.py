@@ -74,6 +74,8 @@ class WeightSender:
         Returns how it ended: look at ``committed`` and ``cause``. Raises WeightSyncError, before anything starts, if a
         participant is not connected or the layouts do not fit together.
         """
+        if self._coordinator is not None:
+            self._coordinator.check_idle(version)  # before anything is taken from the other transfer's inbox
         while not self._inbox.empty():
             self._note(*self._inbox.get())
         if self.missing:

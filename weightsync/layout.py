@@ -121,7 +121,8 @@ class Layout(Typed, frozen=True):
                 raise LayoutError(f"{side}: {tensor.name!r} has dtype {tensor.dtype!r}, known are {list(ITEM_BYTES)}")
             if any(size < 1 for size in tensor.shape) or tensor.nbytes > MAX_TENSOR_BYTES:
                 raise LayoutError(f"{side}: {tensor.name!r} has shape {tensor.shape}")
-        for number, rank in enumerate(self.ranks):
+        distinct = {id(rank): (rank, number) for number, rank in reversed(list(enumerate(self.ranks)))}
+        for rank, number in reversed(distinct.values()):  # the copies of an engine share their ranks
             _check_rank(rank, tensors, f"{side} rank {number}")
         return tensors
 

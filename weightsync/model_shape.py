@@ -9,6 +9,7 @@ from typing import Any
 
 from zerokl.weightsync.layout import LayoutError, Tensor
 
+CHOICE_BIAS = "mlp.gate.e_score_correction_bias"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 # architecture -> (bias of q, k and v; norm of query and key heads; mixture of experts)
@@ -21,8 +22,25 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-head latent attention (DeepSeek-AI, "DeepSeek-V2", 2024): queries, keys and values come from two
+    narrow projections, of ``q_rank`` and ``kv_rank`` columns; a head has ``nope + rope`` and ``value`` dimensions."""
+
+    q_rank: int
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """A decoder; ``experts`` 0 is a dense one, and ``ffn`` the width of one expert otherwise."""
+    """A decoder; ``experts`` 0 is a dense one, and ``ffn`` the width of one expert otherwise.
+
+    Of a sparse one the first ``dense_layers`` may be dense, ``dense_ffn`` wide, and every other layer may have a shared
+    expert, ``shared_ffn`` wide, and a bias for the choice of experts. With ``latent``, ``kv_heads`` and ``head_dim`` do
+    not count.
+    """
 
     vocabulary: int
     hidden: int
@@ -36,18 +54,55 @@ class ModelShape:
     qk_norm: bool = False
     experts: int = 0
     dtype: str = "bfloat16"
+    latent: Latent | None = None
+    dense_layers: int = 0
+    dense_ffn: int = 0
+    shared_ffn: int = 0
+    choice_bias: bool = False
+
+    def sparse(self, index: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts > 0 and index >= self.dense_layers
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its Hugging Face name, in the order of the model. A tied head is the embedding."""
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.hidden)}
         for index in range(self.layers):
-            shapes |= {f"{layer(index)}{name}": shape for name, shape in self._layer().items()}
+            shapes |= {f"{layer(index)}{name}": shape for name, shape in self._layer(index).items()}
         shapes[FINAL_NORM] = (self.hidden,)
         if not self.tied:
             shapes[HEAD] = (self.vocabulary, self.hidden)
-        return {name: Tensor(name, shape, self.dtype) for name, shape in shapes.items()}
+        dtypes = {name: "float32" if name.endswith(CHOICE_BIAS) else self.dtype for name in shapes}
+        return {name: Tensor(name, shape, dtypes[name]) for name, shape in shapes.items()}
 
-    def _layer(self) -> dict[str, tuple[int, ...]]:
+    def _layer(self, index: int) -> dict[str, tuple[int, ...]]:
+        shapes = self._attention() if self.latent is None else self._latent_attention(self.latent)
+        mlps = {"mlp.": self.dense_ffn or self.ffn}
+        if self.sparse(index):
+            shapes["mlp.gate.weight"] = (self.experts, self.hidden)
+            if self.choice_bias:
+                shapes[CHOICE_BIAS] = (self.experts,)
+            mlps = {f"mlp.experts.{e}.": self.ffn for e in range(self.experts)}
+            if self.shared_ffn:
+                mlps["mlp.shared_experts."] = self.shared_ffn
+        for mlp, width in mlps.items():
+            shapes[f"{mlp}gate_proj.weight"] = shapes[f"{mlp}up_proj.weight"] = (width, self.hidden)
+            shapes[f"{mlp}down_proj.weight"] = (self.hidden, width)
+        shapes["input_layernorm.weight"] = shapes["post_attention_layernorm.weight"] = (self.hidden,)
+        return shapes
+
+    def _latent_attention(self, sizes: Latent) -> dict[str, tuple[int, ...]]:
+        return {
+            "self_attn.q_a_proj.weight": (sizes.q_rank, self.hidden),
+            "self_attn.q_a_layernorm.weight": (sizes.q_rank,),
+            "self_attn.q_b_proj.weight": (self.heads * (sizes.nope + sizes.rope), sizes.q_rank),
+            "self_attn.kv_a_proj_with_mqa.weight": (sizes.kv_rank + sizes.rope, self.hidden),
+            "self_attn.kv_a_layernorm.weight": (sizes.kv_rank,),
+            "self_attn.kv_b_proj.weight": (self.heads * (sizes.nope + sizes.value), sizes.kv_rank),
+            "self_attn.o_proj.weight": (self.hidden, self.heads * sizes.value),
+        }
+
+    def _attention(self) -> dict[str, tuple[int, ...]]:
         query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
         for part, rows in (("q", query), ("k", kv), ("v", kv)):
@@ -57,12 +112,6 @@ class ModelShape:
         shapes["self_attn.o_proj.weight"] = (self.hidden, query)
         for name in ("q_norm", "k_norm") if self.qk_norm else ():
             shapes[f"self_attn.{name}.weight"] = (self.head_dim,)
-        if self.experts:
-            shapes["mlp.gate.weight"] = (self.experts, self.hidden)
-        for mlp in [f"mlp.experts.{e}." for e in range(self.experts)] or ["mlp."]:
-            shapes[f"{mlp}gate_proj.weight"] = shapes[f"{mlp}up_proj.weight"] = (self.ffn, self.hidden)
-            shapes[f"{mlp}down_proj.weight"] = (self.hidden, self.ffn)
-        shapes["input_layernorm.weight"] = shapes["post_attention_layernorm.weight"] = (self.hidden,)
         return shapes
 
 

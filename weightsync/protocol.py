@@ -101,12 +101,16 @@ class Coordinator:
         self.outcome = Outcome("")
         self.attempt = b""
 
-    def begin(self, attempt: bytes, version: str, now: float) -> Outgoing:
-        """Start an attempt. Raises WeightSyncError while another one is under way."""
+    def check_idle(self, version: str) -> None:
+        """Raise WeightSyncError if a transfer is under way that one of ``version`` would disturb."""
         if self.phase is not Phase.IDLE:
             raise WeightSyncError(
                 f"cannot start a transfer of {version!r}: that of {self.outcome.version!r} is in {self.phase}"
             )
+
+    def begin(self, attempt: bytes, version: str, now: float) -> Outgoing:
+        """Start an attempt. Raises WeightSyncError while another one is under way."""
+        self.check_idle(version)
         self.attempt, self.outcome = attempt, Outcome(version, bytes=self.plan.nbytes)
         self._answers: dict[str, m.Message] = {}
         self._expected: dict[str, tuple[bytes, ...]] = {}

@@ -16,27 +16,34 @@ from zerokl.weightsync.layout import (
     Tensor,
     column_share,
     even,
+    full,
     row_share,
     vocabulary_share,
 )
-from zerokl.weightsync.model_shape import EMBEDDING, FINAL_NORM, HEAD, ModelShape, layer
+from zerokl.weightsync.model_shape import CHOICE_BIAS, EMBEDDING, FINAL_NORM, HEAD, ModelShape, layer
 
 _VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class SglangSizes:
-    """``engines`` copies of ``tp`` ranks; experts are spread over ``ep`` of them, and split over the ``tp / ep``."""
+    """``engines`` copies of ``tp`` ranks; experts are spread over ``ep`` of them, and split over the ``tp / ep``.
+
+    ``mlp_tp``: over how many ranks a sparse model's dense layers and shared experts are split, 0 for all of them;
+    SGLang's moe_dense_tp_size, and 1 for shared experts beside an all-to-all of tokens.
+    """
 
     tp: int = 1
     ep: int = 1
     engines: int = 1
+    mlp_tp: int = 0
 
 
 def sglang_layout(model: ModelShape, sizes: SglangSizes) -> Layout:
     """What every engine rank holds. Raises LayoutError, naming the dimension, for a split that does not come out."""
     tensors = model.tensors()
     even(sizes.tp, sizes.ep, "the tensor-parallel ranks")
+    even(sizes.tp, sizes.mlp_tp or 1, "the tensor-parallel ranks")
     engine = tuple(_rank(model, tensors, sizes, rank) for rank in range(sizes.tp))
     return Layout(tuple(tensors.values()), engine * sizes.engines)
 
@@ -48,22 +55,45 @@ def _rank(model: ModelShape, tensors: dict[str, Tensor], sizes: SglangSizes, ran
         built.stack(name, [(name, box)], rows=rows)
     for index in range(model.layers):
         hf = layer(index)
-        _attention(built, model, tensors, hf, rank, sizes.tp)
-        if model.experts:
+        if model.latent is not None:
+            _latent_attention(built, tensors, hf, rank, sizes.tp)
+        else:
+            _attention(built, model, tensors, hf, rank, sizes.tp)
+        split = sizes.mlp_tp if model.experts and sizes.mlp_tp else sizes.tp
+        if model.sparse(index):
             built.whole(f"{hf}mlp.gate.weight", f"{hf}mlp.gate.weight")
+            if model.choice_bias:
+                built.whole(f"{hf}{CHOICE_BIAS}", f"{hf}{CHOICE_BIAS}")
+            if model.shared_ffn:
+                _mlp(built, tensors, f"{hf}mlp.shared_experts.", rank % split, split)
             _experts(built, model, tensors, hf, rank, sizes)
         else:
-            fused = [f"{hf}mlp.{part}_proj.weight" for part in ("gate", "up")]
-            boxes = [(name, row_share(tensors[name], rank, sizes.tp)) for name in fused]
-            built.stack(f"{hf}mlp.gate_up_proj.weight", boxes)
-            down = f"{hf}mlp.down_proj.weight"
-            built.stack(down, [(down, column_share(tensors[down], rank, sizes.tp))])
+            _mlp(built, tensors, f"{hf}mlp.", rank % split, split)
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["self_attn.q_norm", "self_attn.k_norm"] if model.qk_norm else []
         for norm in norms:
             built.whole(f"{hf}{norm}.weight", f"{hf}{norm}.weight")
     built.whole(FINAL_NORM, FINAL_NORM)
     return built.build()
+
+
+def _mlp(built: RankBuilder, tensors: dict[str, Tensor], mlp: str, part: int, parts: int) -> None:
+    fused = [f"{mlp}{name}_proj.weight" for name in ("gate", "up")]
+    built.stack(f"{mlp}gate_up_proj.weight", [(name, row_share(tensors[name], part, parts)) for name in fused])
+    down = f"{mlp}down_proj.weight"
+    built.stack(down, [(down, column_share(tensors[down], part, parts))])
+
+
+def _latent_attention(built: RankBuilder, tensors: dict[str, Tensor], hf: str, rank: int, ranks: int) -> None:
+    """Multi-head latent attention: the narrow projections fused and whole on every rank, heads split."""
+    own = f"{hf}self_attn."
+    narrow = [f"{own}{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa")]
+    built.stack(f"{own}fused_qkv_a_proj_with_mqa.weight", [(name, full(tensors[name])) for name in narrow])
+    for name in ("q_a_layernorm", "kv_a_layernorm"):
+        built.whole(f"{own}{name}.weight", f"{own}{name}.weight")
+    for name, share in (("q_b_proj", row_share), ("kv_b_proj", row_share), ("o_proj", column_share)):
+        weight = f"{own}{name}.weight"
+        built.stack(weight, [(weight, share(tensors[weight], rank, ranks))])
 
 
 def _attention(

@@ -319,9 +319,26 @@ def test_plan_prints_routes_bytes_and_seconds(zerokl, tiny):
     assert f"{result['seconds']['rdma']:.3f} s predicted" in out
 
 
+def test_plan_of_a_quantised_wire_form_prints_what_it_saves_and_what_links_allow(zerokl, tiny):
+    options = ("--rollout", "engines=2", "--wire", "mxfp8", "--links", "nic=0.001,gpus_per_node=1")
+    code, out, _ = zerokl("plan", "--model", tiny, *options, "--json", "plan.json")
+    assert code == 0
+    result = json.loads(Path("plan.json").read_text())
+    saved = result["bf16_bytes"] - result["bytes"]
+    assert 0 < saved < result["bf16_bytes"] / 2  # codes are half as large, scales come on top, embeddings stay
+    assert f"mxfp8: {saved / 1e6:.1f} MB less than bf16" in out
+    assert result["links"]["seconds"] == result["bytes"] / 1e6  # one trainer rank sends to both engines
+    assert "the busiest is nic out of trainer-0" in out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--wire", "fp4"], "'fp4' is not a wire form"),
+        (["--wire", "fp8_block", "--rollout", "tp=2"], "cut blocks of 128"),
+        (["--links", "nic=0"], "speeds and GPUs per node must be positive"),
+        (["--links", "wire=1"], "'wire=1' are no links"),
+        (["--model-shape", "kimi-k2"], "there is no model to plan for, or there are two"),
         (["--trainer", "pp=3"], "do not divide"),
         (["--trainer", "cp=2"], "'cp=2' is not a size"),
         (["--rollout", "tp=-1"], "'tp=-1' is not a size"),

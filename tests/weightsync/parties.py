@@ -12,6 +12,7 @@ from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.model_shape import ModelShape
 from zerokl.weightsync.protocol import Deadlines
+from zerokl.weightsync.quantised import quantise, receiving_layout, sending_layout
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 
 ONE, ONE_ENGINE = MegatronSizes(), SglangSizes()
@@ -61,6 +62,11 @@ def engine_buffers(model, sizes, rank, seed):
     return engines.memory(held, sglang_layout(model, sizes).ranks[rank])
 
 
+def in_form(form, left, right):
+    """Both sides' layouts, quantised if there is a form."""
+    return (left, right) if form is None else (sending_layout(left, form), receiving_layout(right, form))
+
+
 def blank(layout):
     return [{name: torch.zeros(n, dtype=torch.uint8) for name, n in rank.buffers.items()} for rank in layout.ranks]
 
@@ -72,7 +78,8 @@ class Parties:
         folder.chmod(0o700)
         self.model, self.trainer, self.rollout = model, trainer, rollout
         address = folder / "s"
-        left, right = megatron_layout(model, trainer), sglang_layout(model, rollout)
+        self.form = options.pop("form", None)
+        left, right = in_form(self.form, megatron_layout(model, trainer), sglang_layout(model, rollout))
         in_place = blank(right) if options.pop("in_place", False) else [None] * len(targets)
         deadlines = options.pop("deadlines", QUICK)
         self.sender = WeightSender(
@@ -90,7 +97,10 @@ class Parties:
 
     def load(self, seed):
         for rank, source in enumerate(self.sources):
-            source.buffers = trainer_buffers(self.model, self.trainer, rank, seed)
+            held = trainer_buffers(self.model, self.trainer, rank, seed)
+            if self.form is not None:
+                held = quantise(megatron_layout(self.model, self.trainer), rank, held, self.form)
+            source.buffers = held
 
     def sync(self, version, seed):
         self.load(seed)

@@ -5,6 +5,7 @@ import this module, and so do the children.
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -24,8 +25,23 @@ from zerokl.weightsync.protocol import Deadlines
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.transports import collective, disk, ipc, rdma
 
-DEADLINES = Deadlines(plan=3, prepare=3, transfer=3, verify=3, commit=3, resume=3, abort=1)
-LONG = Deadlines(plan=15, prepare=15, transfer=15, verify=15, commit=15, resume=15, abort=5)
+LONG = Deadlines(plan=90, prepare=90, transfer=90, verify=90, commit=90, resume=90, abort=30)
+"""Never passed, however busy the machine is."""
+SHORT_S = 5
+
+
+class Impatient(Deadlines):
+    """Participants give up on a silent trainer soon, whatever the phases may take."""
+
+    patience = 10.0
+
+
+def waited_out(step: str, kind: type[Deadlines] = Deadlines) -> Deadlines:
+    """Short where waiting is the point: in one phase, and for the confirmation of those that will not come."""
+    return kind(**(dataclasses.asdict(LONG) | {step: SHORT_S, "abort": 2}))
+
+
+PATIENCE_S = 100.0
 ENGINES = SglangSizes(engines=2)
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
@@ -82,7 +98,7 @@ class Saboteur:
 def trainer(folder: Path, transport: str, pipe) -> None:
     torch.set_num_threads(1)
     saboteur, address = Saboteur(), folder / "s"
-    sender = WeightSender(address, parties.TOKEN, sources=1, receivers=2, deadlines=DEADLINES, observe=saboteur)
+    sender = WeightSender(address, parties.TOKEN, sources=1, receivers=2, deadlines=LONG, observe=saboteur)
     source = WeightSource(
         address, parties.TOKEN, megatron_layout(parties.MODEL, parties.ONE), 0, source_end(transport, folder)
     )
@@ -90,7 +106,7 @@ def trainer(folder: Path, transport: str, pipe) -> None:
     for request in requests(pipe):
         match request:
             case "sync", version, seed, deadlines:
-                sender.wait(20)
+                sender.wait(PATIENCE_S)
                 sender._deadlines, sender._coordinator = deadlines, None
                 source.buffers = parties.trainer_buffers(parties.MODEL, parties.ONE, 0, seed)
                 pipe.send(sender.sync(version))
@@ -130,11 +146,11 @@ class Child:
         self.process.start()
         theirs.close()
 
-    def ask(self, *request, timeout_s=25.0):
+    def ask(self, *request, timeout_s=PATIENCE_S):
         self.pipe.send(request)
         return self.answer(timeout_s)
 
-    def answer(self, timeout_s=25.0):
+    def answer(self, timeout_s=PATIENCE_S):
         assert self.pipe.poll(timeout_s), f"no answer in {timeout_s} s"
         return self.pipe.recv()
 
@@ -148,7 +164,7 @@ class Child:
             return "ending"
         return "stopped" if text.rpartition(")")[2].split()[0] == "T" else "running"
 
-    def until(self, state: str, timeout_s=15.0):
+    def until(self, state: str, timeout_s=PATIENCE_S):
         end = time.monotonic() + timeout_s
         while self.state() != state:
             assert time.monotonic() < end, f"not {state} but {self.state()}"
@@ -187,21 +203,29 @@ class Run:
             child.end()
 
     def sync(self, version, deadlines=LONG):
-        return self.trainer.ask("sync", version, self.seeds[version], deadlines, timeout_s=60.0)
+        return self.trainer.ask("sync", version, self.seeds[version], deadlines, timeout_s=3 * PATIENCE_S)
+
+    def serves(self, rank) -> str | None:
+        """What an engine serves; its weights must be those of that version, byte for byte."""
+        version, whole, _ = self.engines[rank].ask("serving", self.seeds)
+        assert whole, f"rollout-{rank} serves {version} with other bytes"
+        return version
 
     def served(self) -> list[str | None]:
-        """What each engine serves; its weights must be those of that version, byte for byte."""
-        found = []
-        for child in self.engines:
-            version, whole, _ = child.ask("serving", self.seeds)
-            assert whole, f"an engine serves {version} with other bytes"
-            found.append(version)
-        return found
+        """The same of each engine."""
+        return [self.serves(rank) for rank in range(len(self.engines))]
 
-    def eventually_served(self, expected, timeout_s=15.0):
+    def eventually_served(self, expected, timeout_s=PATIENCE_S):
         end = time.monotonic() + timeout_s
         while (found := self.served()) != expected:
             assert time.monotonic() < end, f"served {found}, expected {expected}"
+            time.sleep(0.05)
+
+    def eventually_in(self, states: set[str], timeout_s=PATIENCE_S):
+        """Wait until every engine's participant is in one of these states."""
+        end = time.monotonic() + timeout_s
+        while not (found := {child.ask("serving", self.seeds)[2] for child in self.engines}) <= states:
+            assert time.monotonic() < end, f"in {found}, expected {states}"
             time.sleep(0.05)
 
     def restart_engine(self, rank):

@@ -1,6 +1,10 @@
 """Real processes killed and stopped in each phase of a transfer. After each fault: every engine serves one verified
-version or nothing, the cause is named, and the next transfer succeeds. All cases run at once; most of them wait."""
+version or nothing, the cause is named, and the next transfer succeeds. All cases run at once; most of them wait.
 
+A busy machine must not change an outcome: deadlines are short only where they are waited out, and who else is late then
+may be named too."""
+
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
@@ -21,20 +25,22 @@ def engine_fault(run: Run, what: str, step: str) -> str:
     victim = run.engines[1]
     victim.ask("fault", step, processes.SIGNALS[what])
     began = time.monotonic()
-    outcome = run.sync("v2", processes.DEADLINES)
+    outcome = run.sync("v2", processes.waited_out(step) if what == "stopped" else processes.LONG)
     seconds = time.monotonic() - began
     victim.until(what)  # the witness
-    assert seconds < 10
+    assert what == "stopped" or seconds < processes.LONG.plan  # a closed connection is not waited out
     if step == "resume":  # decided: the survivor goes on, the victim is named
         assert outcome.committed
-        assert list(outcome.lost) == ["rollout-1"]
+        assert "rollout-1" in outcome.lost
     else:
         assert not outcome.committed
         assert outcome.failed_in == step
         assert "rollout-1" in outcome.cause
-        assert what == "killed" or outcome.cause.startswith(f"waited 3 s in {step} for rollout-1")
+        assert what == "killed" or re.match(f"waited {processes.SHORT_S} s in {step} for .*rollout-1", outcome.cause)
     now = "v2" if step == "resume" else "v1"
-    assert run.engines[0].ask("serving", run.seeds)[:2] == (now, True)
+    while run.serves(0) != now:
+        assert time.monotonic() - began < 3 * processes.PATIENCE_S
+        time.sleep(0.05)
     if what == "killed":
         run.restart_engine(1)
         run.eventually_served([now, None])  # a new engine serves nothing before its first weights
@@ -48,7 +54,8 @@ def trainer_fault(run: Run, what: str, step: str) -> str:
     if (what, step) == ("killed", "commit"):
         return killed_before_the_decision(run)
     run.trainer.ask("fault", step, processes.SIGNALS[what])
-    run.trainer.pipe.send(("sync", "v2", 2, processes.DEADLINES))
+    deadlines = processes.waited_out(step, processes.Impatient) if what == "stopped" else processes.LONG
+    run.trainer.pipe.send(("sync", "v2", 2, deadlines))
     run.trainer.until(what)  # the witness
     began = time.monotonic()
     if what == "killed":
@@ -58,7 +65,8 @@ def trainer_fault(run: Run, what: str, step: str) -> str:
             run.eventually_served(["v1", "v1"])
         run.restart_trainer()
         return f"served without a trainer: {run.served()} ({time.monotonic() - began:.1f} s)"
-    time.sleep(processes.DEADLINES.patience + 0.5)  # until the engines have given up on it
+    time.sleep(deadlines.patience)  # then the engines have given up on it; who has committed never does
+    run.eventually_in({"idle", "committed"} if step == "commit" else {"idle"})
     served = run.served()
     if step == "resume":
         assert served == ["v2", "v2"]
@@ -78,7 +86,7 @@ def trainer_fault(run: Run, what: str, step: str) -> str:
 def killed_before_the_decision(run: Run) -> str:
     """Both engines have committed, and nobody will ever tell them whether the other one has."""
     run.trainer.ask("fault", "commit", processes.SIGNALS["stopped"])
-    run.trainer.pipe.send(("sync", "v2", 2, processes.DEADLINES))
+    run.trainer.pipe.send(("sync", "v2", 2, processes.LONG))
     run.trainer.until("stopped")
     run.eventually_served([None, None])
     run.trainer.process.kill()
@@ -126,4 +134,4 @@ def table(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_fault_leaves_one_verified_version(table, case):
-    table[case].result(timeout=100)
+    table[case].result(timeout=600)

@@ -20,7 +20,7 @@ from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.layout import Layout, LayoutError
 from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.plan import make_plan
-from zerokl.weightsync.transports import delta, disk, ipc, rdma
+from zerokl.weightsync.transports import cuda_ipc, delta, disk, ipc, mooncake, rdma
 from zerokl.weightsync.transports.base import TransferError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,9 @@ FIELDS = [
     "nbytes",
     "buffers",
     "metadata",
+    "server",
+    "handle",
+    "device",
 ]
 scalars = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text(max_size=20)
 values = st.recursive(
@@ -103,6 +106,8 @@ PARSERS = {
     "join": lambda data: wire.decode(data, m.Join),
     "ipc": ipc.parse_export,
     "rdma": rdma.parse,
+    "mooncake": mooncake.parse,
+    "cuda_ipc": cuda_ipc.parse_export,
     "delta": lambda data: delta.decode(data[: len(data) // 2], data[len(data) // 2 :], 64),
 }
 

@@ -290,9 +290,8 @@ def test_a_damaged_link_of_the_chain_is_named(start, tmp_path, damage, cause):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.binary(min_size=0, max_size=200), st.data())
 def test_a_delta_gives_back_the_new_version(old, data):
-    old = old[: len(old) // 2 * 2]
     new = data.draw(st.binary(min_size=len(old), max_size=len(old)))
-    before, after = (torch.frombuffer(bytearray(x) or bytearray(2), dtype=torch.uint8) for x in (old, new))
+    before, after = (torch.frombuffer(bytearray(x) or bytearray(1), dtype=torch.uint8) for x in (old, new))
     positions, values = delta.decode(*delta.encode(before, after), before.numel())
-    before.numpy().view("<u2")[positions // 2] = values
+    before.numpy()[positions] = values
     assert torch.equal(before, after)

@@ -68,8 +68,10 @@ class Room:
     With ``in_place`` there is no such memory: the room is the live buffers themselves.
     """
 
-    def __init__(self, sizes: Mapping[str, int], in_place: Buffers | None = None) -> None:
-        self.sizes = dict(sizes)
+    def __init__(
+        self, sizes: Mapping[str, int], in_place: Buffers | None = None, device: torch.device | None = None
+    ) -> None:
+        self.sizes, self._device = dict(sizes), device or torch.device("cpu")
         self.live: Buffers = in_place or {}
         self.in_place = in_place is not None
         self._slots: dict[str, list[torch.Tensor]] = {}
@@ -83,8 +85,16 @@ class Room:
         for slot in slots:
             if live is None or slot.data_ptr() != live.data_ptr():
                 return slot
-        slots.append(torch.zeros(self.sizes[name], dtype=torch.uint8))
+        slots.append(torch.zeros(self.sizes[name], dtype=torch.uint8, device=self._device))
         return slots[-1]
+
+    def on(self, device: torch.device, before: Room | None) -> Room:
+        """The same room in a device's memory: what this returned ``before``, or a new one. In place it is this one."""
+        if self.in_place:
+            return self
+        room = before if before is not None and before.sizes == self.sizes else Room(self.sizes, device=device)
+        room.live = self.live
+        return room
 
     def all(self) -> dict[str, torch.Tensor]:
         """Every buffer."""

@@ -1,12 +1,14 @@
-"""`collective`: torch.distributed point to point, along the plan: gloo for CPU memory.
+"""`collective`: torch.distributed point to point, along the plan: gloo for CPU memory, NCCL for that of GPUs.
 
 Every batch is packed into one staging buffer of little more than `plan.COPY_BYTES` and sent to its receiver. The
-process group is this transport's own, beside the ones the engines use; a failed attempt discards it.
+process group is this transport's own, beside the ones the engines use; a failed attempt discards it. The NCCL half has
+not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,14 +26,17 @@ from zerokl.weightsync.transports.copies import pack, unpack
 
 _CONNECT = timedelta(seconds=20)
 _SLICE_S = 0.05
+_POLL_S = 0.0005
+_CPU = torch.device("cpu")
 
 
 class _Group:
     """The process group of all sending and receiving ranks: senders first."""
 
-    def __init__(self, folder: Path, ranks: tuple[int, int], interface: str) -> None:
-        """``folder``: shared by all ranks, for the rendezvous; ``interface``: what gloo listens on."""
-        self._folder, self._interface = folder, interface
+    def __init__(self, folder: Path, ranks: tuple[int, int], interface: str, device: torch.device) -> None:
+        """``folder``: shared by all ranks, for the rendezvous; ``interface``: what gloo listens on; ``device``: where
+        the bytes are, and with that the library."""
+        self._folder, self._interface, self.device = folder, interface, device
         self.sources, self._size = ranks[0], sum(ranks)
         self._group: Any = None  # torch's stubs know no method of it
         self.name = b""
@@ -42,31 +47,58 @@ class _Group:
         if self._group is None or set(announced.values()) != {self.name}:
             self.drop()
             store = dist.FileStore(str(self._folder / f"{job.attempt.hex()}.store"), self._size)
-            gloo: Any = dist.ProcessGroupGloo
-            options = gloo._Options()
-            options._devices = [gloo.create_device(interface=self._interface)]
-            options._timeout = min(_CONNECT, timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
+            timeout = min(_CONNECT, timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
             try:
-                self._group = gloo(store, rank, self._size, options)
+                self._group = self._connect(store, rank, timeout)
             except RuntimeError as error:
                 raise TransferError(f"the ranks did not all connect: {error}") from error
             self.name = job.attempt
         return self._group
 
+    @property
+    def nccl(self) -> bool:
+        return self.device.type == "cuda"
+
     def drop(self) -> None:
+        if self._group is not None and self.nccl:
+            self._group.abort()  # kernels that wait for a lost peer would wait forever
         self._group, self.name = None, b""
 
+    def _connect(self, store: dist.Store, rank: int, timeout: timedelta) -> Any:
+        if self.nccl:
+            nccl: Any = dist.ProcessGroupNCCL
+            settings = nccl.Options()
+            settings._timeout = timeout
+            torch.cuda.set_device(self.device)
+            return nccl(store, rank, self._size, settings)
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(interface=self._interface)]
+        options._timeout = timeout
+        return gloo(store, rank, self._size, options)
 
-def _wait(work: dist.Work, job: Job, what: str) -> None:
+
+def _post(start: Callable[[], dist.Work], what: str) -> dist.Work:
+    """Begin one transfer; a connection that is known to be lost is noticed here already."""
+    try:
+        return start()
+    except RuntimeError as error:
+        raise TransferError(f"failed: {what}: {error}") from error
+
+
+def _wait(work: dist.Work, job: Job, what: str, *, nccl: bool) -> None:
     """Wait for one transfer, and notice the end of the attempt meanwhile.
 
     gloo closes the connection when a wait of its own times out, and offers no way to call one off. So the wait is left
-    to a thread; one that is abandoned ends by the attempt's deadline and touches staging memory only.
+    to a thread; one that is abandoned ends by the attempt's deadline and touches staging memory only. NCCL's wait does
+    not block: it is done when its work is.
     """
     done: Future[None] = Future()
 
     def wait() -> None:
         try:
+            while nccl and not work.is_completed() and not job.cancelled.is_set():
+                time.sleep(_POLL_S)
             work.wait(timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
             done.set_result(None)
         except RuntimeError as error:
@@ -84,8 +116,10 @@ class CollectiveSource:
 
     name = "collective"
 
-    def __init__(self, folder: Path, *, ranks: tuple[int, int], interface: str = "lo") -> None:
-        self._group = _Group(folder, ranks, interface)
+    def __init__(
+        self, folder: Path, *, ranks: tuple[int, int], interface: str = "lo", device: torch.device = _CPU
+    ) -> None:
+        self._group = _Group(folder, ranks, interface, device)
         self._buffers: Buffers = {}
         self._done = True
 
@@ -99,10 +133,11 @@ class CollectiveSource:
         for turn in _turns(job.sent(), lambda batch: batch.target):
             sending = []
             for batch in turn:
-                data = pack(self._buffers, batch)
-                sending.append((group.send([data], self._group.sources + batch.target, 0), batch, data))
+                data, to = pack(self._buffers, batch), self._group.sources + batch.target
+                work = _post(functools.partial(group.send, [data], to, 0), f"sending to rollout-{batch.target}")
+                sending.append((work, batch, data))
             for work, batch, _ in sending:
-                _wait(work, job, f"rollout-{batch.target} to receive")
+                _wait(work, job, f"rollout-{batch.target} to receive", nccl=self._group.nccl)
         self._done = True
         return sum(batch.nbytes for batch in job.sent())
 
@@ -117,13 +152,15 @@ class CollectiveTarget:
 
     name = "collective"
 
-    def __init__(self, folder: Path, *, ranks: tuple[int, int], interface: str = "lo") -> None:
-        self._group = _Group(folder, ranks, interface)
+    def __init__(
+        self, folder: Path, *, ranks: tuple[int, int], interface: str = "lo", device: torch.device = _CPU
+    ) -> None:
+        self._group = _Group(folder, ranks, interface, device)
         self._room = Room({})
         self._done = True
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
-        self._room = room
+        self._room = room if self._group.device.type == "cpu" else room.on(self._group.device, self._room)
         return self._group.name
 
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> Arrived:
@@ -133,10 +170,11 @@ class CollectiveTarget:
         for turn in _turns(job.received(), lambda batch: batch.source):
             coming = []
             for batch in turn:
-                data = torch.empty(batch.nbytes, dtype=torch.uint8)
-                coming.append((group.recv([data], batch.source, 0), batch, data))
+                data = torch.empty(batch.nbytes, dtype=torch.uint8, device=self._group.device)
+                start = functools.partial(group.recv, [data], batch.source, 0)
+                coming.append((_post(start, f"receiving from trainer-{batch.source}"), batch, data))
             for work, batch, data in coming:
-                _wait(work, job, f"trainer-{batch.source} to send")
+                _wait(work, job, f"trainer-{batch.source} to send", nccl=self._group.nccl)
                 unpack(buffers, batch, data)
                 copied += batch.nbytes
         self._done = True

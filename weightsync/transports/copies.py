@@ -31,34 +31,43 @@ def target_view(buffers: Buffers, copy: Copy) -> torch.Tensor:
 
 def source_digests(buffers: Buffers, batches: Iterable[Batch]) -> tuple[bytes, ...]:
     """xxh3_128 of what each copy reads, in order; what goes to several receivers is read once."""
-    known: dict[tuple[str, int, int, int, int], bytes] = {}
-    digests = []
-    for copy in (copy for batch in batches for copy in batch.copies):
-        key = (copy.source_buffer, copy.source_offset, copy.source_pitch, copy.rows, copy.row_bytes)
-        if key not in known:
-            known[key] = _digest(source_view(buffers, copy))
-        digests.append(known[key])
-    return tuple(digests)
+    copies = [copy for batch in batches for copy in batch.copies]
+    read = {_source(copy): source_view(buffers, copy) for copy in copies}
+    known = dict(zip(read, _digests(list(read.values())), strict=True))
+    return tuple(known[_source(copy)] for copy in copies)
 
 
 def target_digests(buffers: Buffers, batches: Iterable[Batch]) -> tuple[bytes, ...]:
     """xxh3_128 of what each copy has written, in order."""
-    return tuple(_digest(target_view(buffers, copy)) for batch in batches for copy in batch.copies)
+    return tuple(_digests([target_view(buffers, copy) for batch in batches for copy in batch.copies]))
 
 
-def _digest(view: torch.Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(tensor_bytes(view.contiguous()))
+def _source(copy: Copy) -> tuple[str, int, int, int, int]:
+    return copy.source_buffer, copy.source_offset, copy.source_pitch, copy.rows, copy.row_bytes
+
+
+def _digests(views: list[torch.Tensor]) -> list[bytes]:
+    """xxh3_128 of every view [rows, bytes of a row], computed where the bytes are."""
+    if any(view.is_cuda for view in views):
+        from zerokl.weightsync.device_digest import digests  # needs triton, which machines without a GPU may lack
+
+        return digests(views)
+    return [xxhash.xxh3_128_digest(tensor_bytes(view.contiguous())) for view in views]
 
 
 def move(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes between two CPU views of one shape. By numpy: torch would spread this over threads, which on a machine
-    whose cores an engine is using wait for each other."""
+    """Copy bytes between two views of one shape. Between CPU tensors by numpy: torch would spread this over threads,
+    which on a machine whose cores an engine is using wait for each other."""
+    if target.is_cuda or source.is_cuda:
+        target.copy_(source)
+        return
     np.copyto(target.numpy(), source.numpy())
 
 
 def pack(buffers: Buffers, batch: Batch) -> torch.Tensor:
     """All source bytes of a batch, one after the other."""
-    packed, start = torch.empty(batch.nbytes, dtype=torch.uint8), 0
+    device = buffers[batch.copies[0].source_buffer].device
+    packed, start = torch.empty(batch.nbytes, dtype=torch.uint8, device=device), 0
     for copy in batch.copies:
         move(packed[start : start + copy.nbytes].view(copy.rows, copy.row_bytes), source_view(buffers, copy))
         start += copy.nbytes

@@ -1,7 +1,8 @@
 """`rdma`: NIXL one-sided writes from registered memory into registered memory.
 
 On a machine without a NIC, UCX carries the same calls over shared memory or TCP. A stopped peer or a link that is down
-never raises an error here; deadlines and the receivers' acknowledgements catch both. CPU memory so far.
+never raises an error here; deadlines and the receivers' acknowledgements catch both. Memory of GPUs is registered as
+such; that half has not run yet.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Registered(Typed, frozen=True):
 
     metadata: Annotated[bytes, msgspec.Meta(max_length=1 << 16)]
     buffers: dict[str, tuple[int, int]]
+    gpu: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 10)] = -1
+    """The device that they are on; -1: the host."""
 
 
 class _Agent:
@@ -58,9 +61,10 @@ class _Agent:
         wanted = {(buffer.data_ptr(), buffer.numel()): buffer for buffer in buffers.values()}
         if len(self._registered) > 2 * len(wanted):
             self.forget()
-        new = [(*place, 0, "") for place in wanted if place not in self._registered]
+        gpu = gpu_of(buffers)
+        new = [(*place, max(gpu, 0), "") for place in wanted if place not in self._registered]
         if new:
-            handle = self.api.register_memory(new, "DRAM")
+            handle = self.api.register_memory(new, _kind(gpu))
             self._registered |= {place[:2]: handle for place in new}
 
     def forget(self) -> None:
@@ -85,7 +89,11 @@ class RdmaSource:
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
         self._agent = self._agent or _Agent(self._devices)
-        self._agent.register(buffers)
+        try:
+            self._agent.register(buffers)
+        except self._agent.errors as error:
+            self._agent = None
+            raise _broken(error) from error
         self._buffers = buffers
         return b""
 
@@ -126,17 +134,19 @@ class RdmaSource:
     def _start(self, job: Job, name: str, target: Registered, batches: list[Batch]) -> Any:
         copies = [copy for batch in batches for copy in batch.copies]
         sources = {key: (buffer.data_ptr(), buffer.numel()) for key, buffer in self._buffers.items()}
-        here = _runs([(sources[c.source_buffer], c.source_offset, c.source_pitch, c) for c in copies])
+        gpu = gpu_of(self._buffers)
+        here = runs([(sources[c.source_buffer], c.source_offset, c.source_pitch, c) for c in copies], gpu)
         missing = sorted({c.target_buffer for c in copies} - target.buffers.keys())
         if missing:
             raise TransferError(f"{name} registered no buffer {missing[0]!r}")
-        there = _runs([(target.buffers[c.target_buffer], c.target_offset, c.target_pitch, c) for c in copies])
+        places = [(target.buffers[c.target_buffer], c.target_offset, c.target_pitch, c) for c in copies]
+        there = runs(places, target.gpu)
         assert self._agent is not None
         api = self._agent.api
         try:
             peer = api.add_remote_agent(target.metadata)
             self._peers.append(peer)
-            descriptors = [api.get_xfer_descs(runs, "DRAM") for runs in (here, there)]
+            descriptors = [api.get_xfer_descs(here, _kind(gpu)), api.get_xfer_descs(there, _kind(target.gpu))]
             handle = api.initialize_xfer("WRITE", *descriptors, peer, _notice(job.attempt, job.rank))
             self._handles.append(handle)
             api.transfer(handle)
@@ -150,20 +160,25 @@ class RdmaTarget:
 
     name = "rdma"
 
-    def __init__(self, *, devices: str = "") -> None:
-        """``devices``: the network devices that UCX may use; empty: all."""
-        self._devices = devices
+    def __init__(self, *, devices: str = "", device: torch.device | None = None) -> None:
+        """``devices``: the network devices that UCX may use; empty: all. ``device``: a GPU for the shadow buffers."""
+        self._devices, self._device = devices, device
         self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
-        self._room = Room({})
+        self._given = self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
         self._notices: set[bytes] = set()
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
         self._agent = self._agent or _Agent(self._devices)
-        self._room, self._buffers = room, room.all()
-        self._agent.register(self._buffers)
+        self._given, self._room = room, room if self._device is None else room.on(self._device, self._room)
+        self._buffers = self._room.all()
+        try:
+            self._agent.register(self._buffers)
+        except self._agent.errors as error:
+            self._agent = None
+            raise _broken(error) from error
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
-        return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places))
+        return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places, gpu_of(self._buffers)))
 
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> Arrived:  # noqa: ARG002  (senders come here)
         assert self._agent is not None
@@ -178,9 +193,14 @@ class RdmaTarget:
         return Arrived(self._buffers, 0)
 
     def finish(self) -> None:
-        if self._agent is not None and self._room.live is not self._buffers:
+        if self._agent is not None and self._given.live is not self._buffers:
             self._agent.forget()  # the attempt failed: a sender that wakes up late must not write here
         self._buffers = {}
+
+
+def _broken(error: Exception) -> TransferError:
+    """An agent whose network went down registers nothing any more; the next attempt makes a new one."""
+    return TransferError(f"NIXL cannot register memory: {type(error).__name__}: {error}")
 
 
 def parse(data: bytes) -> Registered:
@@ -189,20 +209,38 @@ def parse(data: bytes) -> Registered:
         found = msgspec.msgpack.decode(data, type=Registered)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TransferError(f"not an rdma registration: {error}") from error
-    for name, (address, size) in found.buffers.items():
-        if not (0 < address < 1 << 63 and 0 <= size < 1 << 48):
-            raise TransferError(f"buffer {name!r} of {size} bytes at {address} cannot be")
+    check_places(found.buffers)
     return found
 
 
-def _runs(parts: list[tuple[tuple[int, int], int, int, Copy]]) -> np.ndarray:
-    """(address, bytes, device 0) of every row of every copy, int64 [n, 3]. Raises TransferError outside a buffer."""
+def check_places(buffers: Mapping[str, tuple[int, int]]) -> None:
+    """Raise TransferError for an address or a size (buffer -> both) that no memory has."""
+    for name, (address, size) in buffers.items():
+        if not (0 < address < 1 << 63 and 0 <= size < 1 << 48):
+            raise TransferError(f"buffer {name!r} of {size} bytes at {address} cannot be")
+
+
+def gpu_of(buffers: Buffers) -> int:
+    """The number of the GPU that the buffers are on, -1 for the host. Raises TransferError if they are not together."""
+    found = {buffer.get_device() for buffer in buffers.values()}  # -1 for the CPU
+    if len(found) > 1:
+        raise TransferError(f"buffers of one rank lie on several devices: {sorted(found)}")
+    return found.pop() if found else -1
+
+
+def _kind(gpu: int) -> str:
+    """NIXL's name for host or device memory."""
+    return "DRAM" if gpu < 0 else "VRAM"
+
+
+def runs(parts: list[tuple[tuple[int, int], int, int, Copy]], gpu: int = -1) -> np.ndarray:
+    """(address, bytes, device) of every row of every copy, int64 [n, 3]. Raises TransferError outside a buffer."""
     rows = []
     for (address, size), offset, pitch, copy in parts:
         if offset + (copy.rows - 1) * pitch + copy.row_bytes > size:
             raise TransferError(f"{copy.tensor!r} does not fit into a buffer of {size} bytes")
         starts = address + offset + pitch * np.arange(copy.rows, dtype=np.int64)
-        rows.append(np.stack([starts, np.full_like(starts, copy.row_bytes), np.zeros_like(starts)], axis=1))
+        rows.append(np.stack([starts, np.full_like(starts, copy.row_bytes), np.full_like(starts, max(gpu, 0))], axis=1))
     return np.concatenate(rows)
 
 

@@ -1,0 +1,329 @@
+"""Faults between healthy processes: links that go down, memory that is full, sides that do not fit together, old
+metadata, two transfers at once. Each has a witness that it happened, and leaves one verified version and no memory."""
+
+import contextlib
+import os
+import resource
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from parties import MODEL, ONE, ONE_ENGINE, QUICK, TOKEN, Engine, Parties, eventually
+from test_quantised import MODEL as QUANTISED
+from test_transports import ends
+
+from zerokl.weightsync.channel import WeightSender
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.megatron_layout import megatron_layout
+from zerokl.weightsync.members import WeightReceiver, WeightSource
+from zerokl.weightsync.quantised import FORMS, receiving_layout, sending_layout
+from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
+from zerokl.weightsync.shared import publish
+from zerokl.weightsync.transports import ipc, rdma
+
+TWO_ENGINES = SglangSizes(engines=2)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(name, **options) -> Parties of one trainer and two engines; nothing may be left of them in the end."""
+    before, running = set(Path("/dev/shm").iterdir()), []
+
+    def make(name, wrap=lambda end: end, made=None, **options):
+        sources, targets = made or ends(name, tmp_path, 1, 2)
+        targets[-1] = wrap(targets[-1])
+        running.append(Parties(tmp_path, sources, targets, rollout=TWO_ENGINES, **options))
+        return running[-1]
+
+    yield make
+    for run in running:
+        run.close()
+    assert not [path for path in set(Path("/dev/shm").iterdir()) - before if "zerokl" in path.name]
+    assert list(tmp_path.glob("*.ipc")) == []
+
+
+class Interrupted:
+    """A receiving end that does something just before it receives, once, when armed."""
+
+    def __init__(self, inner):
+        self.inner, self.name, self.armed, self.fired = inner, inner.name, None, None
+
+    def prepare(self, job, room):
+        return self.inner.prepare(job, room)
+
+    def finish(self):
+        self.inner.finish()
+
+    def transfer(self, job, endpoints):
+        if self.armed is not None:
+            armed, self.armed = self.armed, None
+            self.fired = armed()
+        return self.inner.transfer(job, endpoints)
+
+
+def cut_tcp() -> int:
+    """Shut down every TCP connection of this process; how many."""
+    cut = 0
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry))) as found:
+            if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM:
+                found.getpeername()
+                found.shutdown(socket.SHUT_RDWR)
+                cut += 1
+    return cut
+
+
+def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(start):
+    run = start("collective", Interrupted)
+    end = run.receivers[1]._transport
+    assert run.sync("v1", seed=1).committed
+    end.armed = cut_tcp
+    outcome = run.sync("v2", seed=2)
+    assert end.fired > 0  # the witness
+    assert (outcome.committed, outcome.failed_in) == (False, "transfer")
+    assert outcome.cause.startswith(("trainer-0: failed", "rollout-"))
+    assert run.serving() == ["v1", "v1"]
+    assert run.all_hold(1)
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
+
+
+def test_rdma_over_a_network_that_goes_down_starts_afresh(start):
+    """What UCX has under way may still arrive; its agents are of no use afterwards, and must be replaced."""
+    ends_over_tcp = [rdma.RdmaSource(devices="lo")], [rdma.RdmaTarget(devices="lo") for _ in range(2)]
+    run = start("rdma", Interrupted, made=ends_over_tcp, deadlines=replace(QUICK, transfer=5))
+    end = run.receivers[1]._transport
+    assert run.sync("v1", seed=1).committed
+    end.armed = cut_tcp
+    outcomes = [run.sync(f"v{seed}", seed) for seed in (2, 3, 4, 5)]
+    assert end.fired > 0  # the witness
+    failed = [outcome.cause for outcome in outcomes if not outcome.committed]
+    assert failed
+    assert all("NIXL cannot register memory" in cause or "write" in cause for cause in failed)
+    assert outcomes[-1].committed
+    assert run.serving() == ["v5", "v5"]
+    assert run.all_hold(5)
+
+
+@pytest.mark.parametrize("name", ["ipc", "rdma", "collective", "disk"])
+def test_a_lost_control_connection_aborts_and_its_end_comes_back(start, name):
+    run = start(name, Interrupted)
+    receiver = run.receivers[1]
+    assert run.sync("v1", seed=1).committed
+    first = receiver._connection
+
+    def drop():
+        first.close()
+        return "closed"
+
+    receiver._transport.armed = drop
+    outcome = run.sync("v2", seed=2)
+    assert receiver._transport.fired == "closed"
+    assert (outcome.committed, outcome.failed_in) == (False, "transfer")
+    assert outcome.cause.startswith("rollout-1: ")
+    eventually(lambda: receiver._connection is not first and run.serving() == ["v1", "v1"])
+    assert run.all_hold(1)
+    run.sender.wait(30)
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
+
+
+@contextlib.contextmanager
+def little_room(nbytes: int):
+    """The kernel refuses files, those in memory included, beyond this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("name", "cause"), [("ipc", "cannot export"), ("disk", "cannot write weights to")])
+def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause):
+    run = start(name)
+    assert run.sync("v1", seed=1).committed
+    run.load(2)
+    files = len(os.listdir("/proc/self/fd"))
+    with little_room(4096):
+        outcome = run.sender.sync("v2")
+    assert (outcome.committed, outcome.failed_in) == (False, "transfer")
+    assert outcome.cause.startswith("trainer-0: ")  # the witness: nobody else knows of the limit
+    assert cause in outcome.cause
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert run.serving() == ["v1", "v1"]
+    assert run.all_hold(1)
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
+
+
+def test_full_shared_memory_is_named_and_left_clean():
+    before = set(Path("/dev/shm").iterdir())
+    weights = [("w", torch.ones(1 << 16))]
+    with (
+        little_room(4096),
+        pytest.raises(WeightSyncError, match="cannot write 262144 bytes"),
+        publish(weights, version="v"),
+    ):
+        pass
+    assert set(Path("/dev/shm").iterdir()) <= before
+    with publish(weights, version="v") as manifest:
+        assert Path(manifest.path).exists()
+
+
+def sides(tmp_path, left, right):
+    """A sender, and members with these two layouts, connected."""
+    tmp_path.chmod(0o700)
+    sender = WeightSender(tmp_path / "s", TOKEN, sources=1, receivers=1, deadlines=QUICK)
+    source = WeightSource(tmp_path / "s", TOKEN, left, 0, ipc.IpcSource(tmp_path))
+    receiver = WeightReceiver(tmp_path / "s", TOKEN, right, 0, ipc.IpcTarget(), Engine())
+    for member in (source, receiver):
+        member.start()
+    sender.wait(30)
+    return sender, source, receiver
+
+
+WIDER = replace(MODEL, ffn=32)
+HALF = replace(MODEL, dtype="float16")
+QUANTISED_LEFT, QUANTISED_RIGHT = megatron_layout(QUANTISED, ONE), sglang_layout(QUANTISED, ONE_ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "named"),
+    [
+        (megatron_layout(MODEL, ONE), sglang_layout(WIDER, ONE_ENGINE), r"shape=\(24, 32\)|shape=\(32, 24\)"),
+        (megatron_layout(MODEL, ONE), sglang_layout(HALF, ONE_ENGINE), "dtype='float16'"),
+        (
+            sending_layout(QUANTISED_LEFT, FORMS["int4_group128"]),
+            receiving_layout(QUANTISED_RIGHT, FORMS["int4_group32"]),
+            r"weight_scale', shape=\(\d+, \d+\)",
+        ),
+        (QUANTISED_LEFT, receiving_layout(QUANTISED_RIGHT, FORMS["fp8_block"]), "dtype='float8_e4m3fn'"),
+    ],
+    ids=["shape", "dtype", "scales", "form"],
+)
+def test_sides_that_do_not_fit_together_are_refused_before_anything_moves(tmp_path, left, right, named):
+    sender, source, receiver = sides(tmp_path, left, right)
+    try:
+        with pytest.raises(WeightSyncError, match=f"rollout-0 has another model than trainer-0.*({named})"):
+            sender.sync("v1")
+        assert receiver.serving is None
+    finally:
+        sender.close()
+        source.close()
+        receiver.close()
+
+
+def test_a_damaged_scale_is_found_and_named(start):
+    run = start("rdma", ScaleDamage, model=QUANTISED, form=FORMS["fp8_block"])
+    assert run.sync("v1", seed=1).committed
+    run.receivers[1]._transport.armed = True
+    outcome = run.sync("v2", seed=2)
+    assert run.receivers[1]._transport.fired == 1
+    assert (outcome.committed, outcome.failed_in) == (False, "verify")
+    assert outcome.cause.startswith(
+        "rollout-1: tensor 'model.layers.0.self_attn.o_proj.weight_scale_inv' from trainer-0"
+    )
+    assert run.serving() == ["v1", "v1"]
+
+
+class ScaleDamage:
+    """A receiving end that changes one scale by its last bit, once, when armed."""
+
+    def __init__(self, inner):
+        self.inner, self.name, self.armed, self.fired = inner, inner.name, False, 0
+
+    def prepare(self, job, room):
+        return self.inner.prepare(job, room)
+
+    def finish(self):
+        self.inner.finish()
+
+    def transfer(self, job, endpoints):
+        arrived = self.inner.transfer(job, endpoints)
+        if self.armed:
+            self.armed, self.fired = False, self.fired + 1
+            scales = arrived.buffers["model.layers.0.self_attn.o_proj.weight:scales"].clone()
+            scales[0] ^= 1
+            buffers = dict(arrived.buffers) | {"model.layers.0.self_attn.o_proj.weight:scales": scales}
+            return type(arrived)(buffers, arrived.copied_bytes)
+        return arrived
+
+
+class Stale:
+    """A sending or receiving end that announces, once, when armed, what it had announced in the attempt before."""
+
+    def __init__(self, inner):
+        self.inner, self.name, self.armed, self.fired, self.last = inner, inner.name, False, 0, b""
+
+    def prepare(self, job, given):
+        said, before = self.inner.prepare(job, given), self.last
+        self.last = said
+        if self.armed:
+            self.armed, self.fired = False, self.fired + 1
+            return before
+        return said
+
+    def transfer(self, job, endpoints):
+        return self.inner.transfer(job, endpoints)
+
+    def finish(self):
+        self.inner.finish()
+
+
+def test_stale_metadata_of_a_restarted_sender_leads_nowhere(start, tmp_path):
+    source = Stale(ipc.IpcSource(tmp_path))
+    run = start("ipc", made=([source], [ipc.IpcTarget() for _ in range(2)]))
+    assert run.sync("v1", seed=1).committed
+    source.armed = True
+    outcome = run.sync("v2", seed=2)
+    assert source.fired == 1
+    assert (outcome.committed, outcome.failed_in) == (False, "transfer")
+    assert "trainer-0 does not hand over its weights" in outcome.cause
+    assert run.serving() == ["v1", "v1"]
+    assert run.all_hold(1)
+    assert run.sync("v3", seed=3).committed
+
+
+def test_stale_metadata_of_a_restarted_receiver_cannot_pass_for_its_memory(start):
+    """The restarted engine's memory is not the one announced: whatever is written, it never acknowledges."""
+    sources, targets = [rdma.RdmaSource()], [rdma.RdmaTarget(), rdma.RdmaTarget()]
+    old = Stale(targets[1])
+    run = start("rdma", made=(sources, [targets[0], old]), deadlines=replace(QUICK, transfer=4))
+    assert run.sync("v1", seed=1).committed
+    old.inner._agent.forget()
+    old.inner._agent = rdma._Agent("")  # as after a restart: another agent, another registration
+    old.armed = True
+    outcome = run.sync("v2", seed=2)
+    assert old.fired == 1
+    assert not outcome.committed
+    assert outcome.failed_in == "transfer"
+    assert run.serving() == ["v1", "v1"]
+    assert run.all_hold(1)
+
+
+def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_completes(start, monkeypatch):
+    run = start("rdma", Interrupted)
+    end, reached, go_on = run.receivers[1]._transport, threading.Event(), threading.Event()
+
+    def hold():
+        reached.set()
+        return go_on.wait(60)
+
+    end.armed = hold
+    run.load(1)
+    outcomes = []
+    first = threading.Thread(target=lambda: outcomes.append(run.sender.sync("v1")))
+    first.start()
+    assert reached.wait(30)
+    monkeypatch.setattr(run.sender, "_plan", None)  # it must not come so far: before that it takes from the inbox
+    with pytest.raises(WeightSyncError, match="cannot start a transfer of 'v2': that of 'v1' is in transfer"):
+        run.sender.sync("v2")
+    monkeypatch.undo()
+    go_on.set()
+    first.join(30)
+    assert outcomes[0].committed
+    assert run.all_hold(1)
