@@ -72,8 +72,10 @@ class WeightSender:
         """Give every receiver this version, or leave every receiver as it is; never anything in between.
 
         Returns how it ended: look at ``committed`` and ``cause``. Raises WeightSyncError, before anything starts, if a
-        participant is not connected or the layouts do not fit together.
+        participant is not connected, the layouts do not fit together, or a transfer is under way.
         """
+        if self._coordinator is not None and self._coordinator.phase is not Phase.IDLE:
+            raise WeightSyncError(f"cannot start a transfer of {version!r}: another one is in {self._coordinator.phase}")
         while not self._inbox.empty():
             self._note(*self._inbox.get())
         if self.missing:

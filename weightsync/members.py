@@ -37,10 +37,11 @@ Observer = Callable[[str], None]
 
 
 class Engine(Protocol):
-    """What a receiver does to the engine it feeds. Called from one thread."""
+    """What a receiver does to the engine it feeds. Called from one thread at a time."""
 
     def pause(self) -> None:
-        """Answer nothing from here on: running requests are finished, retracted or aborted, as the engine does."""
+        """Stop answering as soon as the engine can, and before `install` at the latest; running requests are kept,
+        retracted or aborted, as the engine does."""
         ...
 
     def install(self, version: str, buffers: Buffers) -> None:
@@ -264,6 +265,7 @@ class WeightReceiver(_Member):
         self._room = Room(self._held.buffers, in_place)
         self._arrived = Arrived({}, 0)
         self._paused = self._installed = False
+        self._paused_at = 0.0
 
     @property
     def serving(self) -> str | None:
@@ -297,9 +299,10 @@ class WeightReceiver(_Member):
                 previous, self._room.live = self._room.live, self._arrived.buffers
                 self._installed = self._paused = False
                 self._engine.resume(job.version)
+                paused_s = time.monotonic() - self._paused_at
                 del previous  # not earlier: giving back mapped memory takes long, and the engine would wait for it
                 self._transport.finish()
-                return m.Resumed(attempt)
+                return m.Resumed(attempt, paused_s)
         raise WeightSyncError(f"a receiver does not {effect}")
 
     def undo(self) -> None:
@@ -312,7 +315,7 @@ class WeightReceiver(_Member):
             self._engine.resume(self.machine.version)
 
     def _pause(self) -> None:
-        self._paused = True
+        self._paused, self._paused_at = True, time.monotonic()
         self._engine.pause()
 
 

@@ -137,7 +137,9 @@ class Committed(InAttempt, frozen=True):
 
 
 class Resumed(InAttempt, frozen=True):
-    pass
+    """Served again, after ``paused_s`` from the order to stop (0 from a source, which served nothing)."""
+
+    paused_s: Seconds = 0.0
 
 
 class Aborted(InAttempt, frozen=True):

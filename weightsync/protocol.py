@@ -66,8 +66,19 @@ class Outcome:
     lost: dict[str, str] = field(default_factory=dict)
     quarantined: set[str] = field(default_factory=set)
     bytes: int = 0
-    copied_bytes: int = 0
+    copied: dict[str, int] = field(default_factory=dict)
+    """Bytes that each participant copied, by name."""
     seconds: dict[str, float] = field(default_factory=dict)
+    paused_s: float = 0.0
+    """The longest time an engine did not serve, from its order to stop to its first chance to serve again."""
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(self.copied.values())
+
+    @property
+    def copied_by_engines(self) -> int:
+        return sum(size for name, size in self.copied.items() if name.startswith("rollout"))
 
     @property
     def gb_per_s(self) -> float:
@@ -177,6 +188,8 @@ class Coordinator:
                     return f"{peer} sent {len(digests)} digests of {count} copies"
             case m.Verified(_, digest) if digest != xxhash.xxh3_128_digest(b"".join(self._expected[peer])):
                 return f"{peer} acknowledged other bytes than were sent"
+            case m.Resumed(_, paused_s):
+                self.outcome.paused_s = max(self.outcome.paused_s, paused_s)
             case m.Aborted(_, quarantined) if quarantined:
                 self.outcome.quarantined.add(peer)
         return ""
@@ -205,7 +218,7 @@ class Coordinator:
     def _transferred(self, now: float) -> Outgoing:
         """All bytes have moved: hand each target the digests its senders computed."""
         answers = {peer: a for peer, a in self._answers.items() if isinstance(a, m.Transferred)}
-        self.outcome.copied_bytes = sum(answer.copied_bytes for answer in answers.values())
+        self.outcome.copied = {peer: answer.copied_bytes for peer, answer in answers.items()}
         if self.outcome.gb_per_s < self._floor:
             return self._abort(
                 f"the transport moved {self.outcome.bytes / 1e6:.1f} MB at {self.outcome.gb_per_s:.3g} GB/s, "

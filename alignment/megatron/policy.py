@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.megatron import checkpoint, convert_moe, distributed, schedule
-from zerokl.alignment.megatron.convert import check_tensors, hf_to_megatron, megatron_to_hf, read_hf_weights
+from zerokl.alignment.megatron.convert import check_tensors, hf_blocks, hf_to_megatron, megatron_to_hf, read_hf_weights
 from zerokl.alignment.megatron.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -235,6 +235,12 @@ class MegatronPolicy:
         """(Hugging Face name, bf16 tensor) pairs; views where the layout allows, valid until the next step."""
         state = {name: p.detach() for name, p in self._weights.items()}
         return megatron_to_hf(self.config, convert_moe.stack_experts(state) if self.stock else state)
+
+    def weight_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]]]:
+        """Where the weights lie: the live parameters by Megatron's names, and for every Hugging Face tensor the views
+        into them that make it up, by rows. The same memory for the policy's life. Not for stock layers."""
+        state = {name: p.detach() for name, p in self._weights.items()}
+        return state, dict(hf_blocks(self.config, state))
 
     def weights_digest(self) -> dict[str, str]:
         """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,6 +23,29 @@ ARCHITECTURE_KEY = "zerokl_architecture"
 """The same for `EngineConfig.architecture`, as a JSON object."""
 TRACE_KEY = "zerokl_trace"
 """The same for `EngineConfig.trace`."""
+TRANSFER_KEY = "zerokl_transfer"
+"""The same for `EngineConfig.transfer`, as a JSON object: the token itself stays in its file."""
+
+InFlight = Literal["abort", "retract", "continue"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Where an engine gets its weights from: each of its ranks joins the coordinator's transfers.
+
+    address: the coordinator's socket; token_file: the run's token, in a file of this user alone; engine: this engine's
+    number, from 0; ranks: how many send and receive in all; transport: how the bytes travel.
+    in_flight: what becomes of requests under way when new weights come (see `gate`).
+    receiver: the function, by name, that starts the receiving end in the scheduler's process.
+    """
+
+    address: str
+    token_file: str
+    engine: int = 0
+    ranks: tuple[int, int] = (1, 1)
+    transport: str = "ipc"
+    in_flight: InFlight = "abort"
+    receiver: str = "zerokl.weightsync.sglang_receiver.start"
 
 
 @dataclass(frozen=True)
@@ -36,7 +59,8 @@ class EngineConfig:
     stock: SGLang's own kernels instead of zerokl's, for control measurements.
     capture_experts: return the experts every token went to with each generation (`alignment.routing_replay`).
     trace: be able to record what every op computes (`RolloutEngine.trace`), one request at a time.
-    weight_loader: module with the functions ``load``, ``digest``, ``flip_bit`` and ``trace`` SGLang calls by name.
+    transfer: where new weights come from. Such an engine generates nothing before the first ones came.
+    weight_loader: module with the functions ``digest``, ``flip_bit`` and ``trace`` SGLang calls by name.
     log_path: file for the engine's output; by default in a temporary folder that goes with the engine.
     disabled_hooks: hooks to leave out, a fault for tests: the engine must then refuse to start.
     """
@@ -54,6 +78,7 @@ class EngineConfig:
     radix_cache: bool = True
     trace: bool = False
     threads: int = 2
+    transfer: Transfer | None = None
     weight_loader: str = "zerokl.weightsync.sglang_loader"
     log_path: str | None = None
     disabled_hooks: tuple[str, ...] = ()
@@ -65,6 +90,8 @@ class EngineConfig:
             raise ValueError(f"must be at least 1: {', '.join(wrong)}")
         if self.dtype != "bfloat16":
             raise UnsupportedError(f"dtype {self.dtype!r} is not supported; supported: bfloat16")
+        if self.transfer is not None and self.stock:
+            raise UnsupportedError("transfer: needs zerokl's plugin (stock=False)")
         if self.trace and (self.stock or self.radix_cache):
             raise UnsupportedError("trace: needs zerokl's kernels (stock=False) and every token computed "
                                    "(radix_cache=False)")  # fmt: skip

@@ -35,12 +35,13 @@ from zerokl.alignment.sglang.config import (
     ARCHITECTURE_KEY,
     DISABLED_HOOKS_KEY,
     TRACE_KEY,
+    TRANSFER_KEY,
     EngineConfig,
     inspect_model,
 )
 from zerokl.alignment.sglang.errors import EngineError
 from zerokl.alignment.sglang.report import check_report
-from zerokl.alignment.types import Request
+from zerokl.alignment.types import Request, WeightSpan
 
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
 _FLUSH_S = 30.0
@@ -103,7 +104,6 @@ class _Server:
         self.config = config
         self.capture = model.router if config.capture_experts else None
         self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
-        self.version = "default"
         report = self._warm_up()
         self.manifest = {
             "engine": "sglang",
@@ -116,9 +116,11 @@ class _Server:
     def serve(self, command: protocol.Command) -> protocol.Message:
         match command:
             case protocol.Generate(requests):
-                return protocol.Generated(self._run(_generate(self.engine, requests, self.capture)))
-            case protocol.LoadWeights(manifest, version):
-                return self._load(manifest, version)
+                self._check_weights()
+                aborts = self.config.transfer is not None and self.config.transfer.in_flight == "abort"
+                return protocol.Generated(self._run(_generate(self.engine, requests, self.capture, aborts=aborts)))
+            case protocol.Serving():
+                return self._serving()
             case protocol.WeightsDigest():
                 return protocol.Digests(self._call_loader("digest", {}))
             case protocol.FlipWeightBit(name, element, bit):
@@ -151,13 +153,16 @@ class _Server:
         check_report(report)
         return report
 
-    def _load(self, manifest: str, version: str) -> protocol.Digests:
-        from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+    def _serving(self) -> protocol.Served:
+        state = self.engine.get_server_info()["internal_states"][0].get("zerokl", {}).get("weights")
+        if state is None:
+            raise EngineError("this engine was not started with EngineConfig.transfer: no weights come to it")
+        return protocol.Served(**state)
 
-        digests = self._call_loader("load", {"manifest": json.loads(manifest)})
-        self._flush()  # the cache holds keys and values of the old weights
-        self._run(self.engine.tokenizer_manager.update_weight_version(UpdateWeightVersionReqInput(new_version=version)))
-        return protocol.Digests(digests)
+    def _check_weights(self) -> None:
+        """Refuse to sample with weights that were never given to this engine; a transfer under way is waited for."""
+        if self.config.transfer is not None and (served := self._serving()).version is None:
+            raise EngineError(f"the engine holds no complete version of the weights (state {served.state})")
 
     def _flush(self) -> None:
         # a request's answer may leave the scheduler a moment before the request does: let SGLang wait for that
@@ -200,10 +205,12 @@ def _require(call: str, outcome: tuple[bool, str]) -> None:
         raise EngineError(f"SGLang refused {call}: {message}")
 
 
-async def _generate(engine: Any, requests: Sequence[Request], capture: Router | None) -> tuple[protocol.Tokens, ...]:
+async def _generate(
+    engine: Any, requests: Sequence[Request], capture: Router | None, *, aborts: bool
+) -> tuple[protocol.Tokens, ...]:
     """Submit every request at its arrival time; the results come in the order of the requests.
 
-    ``capture``: the router whose choices come with the results.
+    ``capture``: the router whose choices come with the results. ``aborts``: new weights may end requests early.
     """
 
     async def one(request: Request) -> dict[str, Any]:
@@ -220,7 +227,7 @@ async def _generate(engine: Any, requests: Sequence[Request], capture: Router | 
         if isinstance(result, BaseException):
             raise EngineError(f"request {index}: {type(result).__name__}: {result}") from result
     answered = enumerate(zip(requests, results, strict=True))
-    return tuple(_tokens(index, request, result, capture) for index, (request, result) in answered)  # type: ignore[arg-type]
+    return tuple(_tokens(index, request, result, capture, aborts) for index, (request, result) in answered)  # type: ignore[arg-type]
 
 
 def _routed(index: int, prompt: int, result: dict[str, Any], router: Router) -> bytes:
@@ -243,12 +250,14 @@ def _sampling_params(request: Request) -> dict[str, Any]:
     }
 
 
-def _tokens(index: int, request: Request, result: dict[str, Any], capture: Router | None) -> protocol.Tokens:
+def _tokens(
+    index: int, request: Request, result: dict[str, Any], capture: Router | None, aborts: bool
+) -> protocol.Tokens:
     meta, ids = result["meta_info"], tuple(result["output_ids"])
     reason = meta["finish_reason"]
-    if reason["type"] not in ("stop", "length"):
+    if reason["type"] not in ("stop", "length") and not (aborts and reason["type"] == "abort"):
         raise EngineError(f"request {index} ended by {reason['type']}: {reason.get('message', 'no reason given')}")
-    logprobs = [value for value, _, _ in meta["output_token_logprobs"]]
+    logprobs = [value for value, _, _ in meta.get("output_token_logprobs", ())]
     raw = meta.get(protocol.RAW_LOGPROB, [np.nan] * len(ids))  # stock engines report none
     if not len(ids) == len(logprobs) == len(raw):
         raise EngineError(f"request {index}: {len(ids)} tokens, {len(logprobs)} and {len(raw)} log-probabilities")
@@ -258,13 +267,16 @@ def _tokens(index: int, request: Request, result: dict[str, Any], capture: Route
         raw_logprobs=np.array(raw, dtype="<f4").tobytes(),
         finish_reason=reason["type"],
         weight_version=meta["weight_version"],
-        cached_tokens=meta["cached_tokens"],
-        routed_experts=None if capture is None else _routed(index, len(request.input_ids), result, capture),
+        cached_tokens=meta.get("cached_tokens", 0),
+        routed_experts=None
+        if capture is None or not ids
+        else _routed(index, len(request.input_ids), result, capture),
+        weight_spans=tuple(WeightSpan(**span) for span in meta.get("weight_versions", ())),
     )
 
 
 def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
-    loaders = [f"{config.weight_loader}.{function}" for function in ("load", "digest", "flip_bit", "trace")]
+    loaders = [f"{config.weight_loader}.{function}" for function in ("digest", "flip_bit", "trace")]
     args: dict[str, Any] = {
         "model_path": config.model_path,
         "dtype": config.dtype,
@@ -286,6 +298,8 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
     overrides: dict[str, Any] = {DISABLED_HOOKS_KEY: list(config.disabled_hooks), TRACE_KEY: config.trace}
     if config.architecture is not None:
         overrides[ARCHITECTURE_KEY] = asdict(config.architecture)
+    if config.transfer is not None:
+        overrides[TRANSFER_KEY] = asdict(config.transfer)
     if any(overrides.values()):
         args["json_model_override_args"] = json.dumps(overrides)
     if on_cpu:

@@ -102,6 +102,7 @@ PARSERS = {
     "greeting": lambda data: wire.decode(data, m.Hello),
     "join": lambda data: wire.decode(data, m.Join),
     "ipc": ipc.parse_export,
+    "ipc sizes": lambda data: ipc.parse_sizes({"rollout-0": data}, 0),
     "rdma": rdma.parse,
     "delta": lambda data: delta.decode(data[: len(data) // 2], data[len(data) // 2 :], 64),
 }

@@ -1,0 +1,39 @@
+"""Weights that arrive while the engine runs: the receiving end of a transfer, put into the scheduler's process."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.runtime_context import get_parallel
+
+from zerokl.alignment.sglang.config import TRANSFER_KEY, Transfer
+from zerokl.alignment.sglang.gate import Gate
+
+
+def attach(runner: Any) -> Callable[[], dict[str, Any]]:
+    """Have the receiving end start with the scheduler's loop, if the engine was started with `EngineConfig.transfer`.
+
+    Returns what reports its state. This is the one place that says which rank of the engine this process is.
+    """
+    settings = getattr(runner.model.config, TRANSFER_KEY, None)
+    if settings is None:
+        return dict
+    transfer, state = Transfer(**settings), _State()
+
+    def started(gate: Gate) -> None:
+        start, parallel = pkgutil.resolve_name(transfer.receiver), get_parallel()
+        state.read = start(
+            runner.model, runner.model_config.model_path, gate, parallel.tp_rank, parallel.tp_size, settings
+        )
+
+    Gate(transfer.in_flight, started).install()
+    return lambda: {"weights": state.read()}
+
+
+class _State:
+    """What the receiving end says of itself, once it has started."""
+
+    def read(self) -> dict[str, str | None]:  # replaced by the receiving end's own
+        return {"state": "starting", "version": None}
