@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from zerokl.alignment.architectures import Architecture
-from zerokl.alignment.sglang.config import EngineConfig
+from zerokl.alignment.sglang.config import EngineConfig, Transfer
 from zerokl.orchestrate.cluster import Waiting, wait
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.errors import RunError
 from zerokl.orchestrate.preflight import Prepared
+from zerokl.orchestrate.weights import Meeting
 
 _CLOSE_TIMEOUT_S = 30.0
 
@@ -28,7 +29,12 @@ def claimed(config: Config) -> int:
 
 
 def engine_config(
-    config: Config, model: Path, *, architecture: Architecture | None = None, stock: bool = False
+    config: Config,
+    model: Path,
+    *,
+    architecture: Architecture | None = None,
+    stock: bool = False,
+    transfer: Transfer | None = None,
 ) -> EngineConfig:
     """The rollout table as the engine's own configuration."""
     rollout = config.rollout
@@ -42,6 +48,7 @@ def engine_config(
         max_total_tokens=rollout.kv_cache_tokens,
         chunked_prefill_size=rollout.chunked_prefill_tokens,
         threads=cores(rollout.threads),
+        transfer=transfer,
     )
 
 
@@ -73,10 +80,17 @@ class Actors:
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
         self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
-        engine = engine_config(config, model, architecture=architecture, stock=stock)
+        sync = config.weightsync
+        meeting = None  # the control's weights stay as they are
+        if not stock:
+            meeting = Meeting.in_folder(places.scratch, transport=sync.transport, in_flight=sync.in_flight)
+        transfer = None if meeting is None else meeting.transfer()
+        engine = engine_config(config, model, architecture=architecture, stock=stock, transfer=transfer)
         started = (
             self.rollout.start.remote(engine, rollout_log, places.scratch, timeout),
-            self.trainer.start.remote(model, train, trainer_log, architecture=architecture, stock=stock),
+            self.trainer.start.remote(
+                model, train, trainer_log, architecture=architecture, stock=stock, meeting=meeting
+            ),
         )
         self.manifests: dict[str, Any] = {}
         self.digests: dict[str, dict[str, str]] = {}

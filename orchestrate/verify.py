@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import math
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +27,12 @@ from zerokl.orchestrate.errors import RunError, UserError
 from zerokl.orchestrate.samples import sampling_seed
 from zerokl.orchestrate.scoring import score
 from zerokl.orchestrate.tokens import Tokenizer
+from zerokl.orchestrate.weights import Meeting, WeightLink
+from zerokl.weightsync.live_model import block_layout
 
 if TYPE_CHECKING:
     from zerokl.alignment.architectures import Architecture
+    from zerokl.alignment.megatron.optimizer import OptimizerSettings
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import RolloutEngine
 
@@ -69,9 +75,19 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     architecture = load_architecture(settings.architecture, Path.cwd()) if settings.architecture else None
     folder, requests = make_requests(settings, architecture=architecture)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = start(folder, requests, architecture, stock=settings.stock, replay=settings.replay)
-    with engine:
-        faults.plant(settings.inject, engine, policy)
+    with contextlib.ExitStack() as stack:
+        meeting = None
+        if settings.inject == "tie-break":  # the one fault that changes the weights of both sides
+            meeting = Meeting.in_folder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zerokl-"))))
+        engine, policy = start(
+            folder, requests, architecture, stock=settings.stock, replay=settings.replay, meeting=meeting
+        )
+        stack.enter_context(engine)
+        sync = None
+        if meeting is not None:
+            link = stack.enter_context(connect(meeting, policy))
+            sync = functools.partial(link.sync, "ties", timeout_s=START_TIMEOUT_S)
+        faults.plant(settings.inject, engine, policy, sync)
         generations = engine.generate(requests, timeout_s=GENERATE_TIMEOUT_S)
         digests = engine.weights_digest(timeout_s=START_TIMEOUT_S), policy.weights_digest()
         engine_manifest = engine.manifest()
@@ -197,8 +213,13 @@ def start(
     stock: bool = False,
     replay: Mode = "off",
     trace: bool = False,
+    meeting: Meeting | None = None,
+    optimizer: OptimizerSettings | None = None,
 ) -> tuple[RolloutEngine, MegatronPolicy]:
-    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record."""
+    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record.
+
+    ``meeting``: the engine waits for its weights there (`connect`) and samples nothing before.
+    """
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 
@@ -214,16 +235,24 @@ def start(
         max_total_tokens=max(16384, 2 * longest),
         chunked_prefill_size=CHUNK,
         threads=cores(None),
+        transfer=None if meeting is None else meeting.transfer(),
     )
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=START_TIMEOUT_S)
         try:
-            policy = MegatronPolicy(folder, architecture=architecture, stock=stock, replay=replay, threads=cores(None))
+            policy = MegatronPolicy(
+                folder, architecture=architecture, optimizer=optimizer, stock=stock, replay=replay, threads=cores(None)
+            )
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()
             raise
         return starting.result(), policy
+
+
+def connect(meeting: Meeting, policy: MegatronPolicy) -> WeightLink:
+    """The policy's side of the transfers to the engine of ``meeting``."""
+    return WeightLink(meeting, *block_layout(*policy.weight_blocks()))
 
 
 def _one_digest(side: dict[str, str]) -> str:

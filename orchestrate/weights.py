@@ -1,9 +1,9 @@
 """Weight transfers of a run: where their participants meet, and the trainer's side of them.
 
-    meeting = Meeting.in_folder(scratch)                 # once, before anything starts
-    EngineConfig(..., transfer=meeting.transfer())       # each engine joins by itself
-    with WeightLink(meeting, *block_layout(*policy.weight_blocks())) as link:
-        report = link.sync("7", timeout_s=60)
+meeting = Meeting.in_folder(scratch)                 # once, before anything starts
+EngineConfig(..., transfer=meeting.transfer())       # each engine joins by itself
+with WeightLink(meeting, *block_layout(*policy.weight_blocks())) as link:
+    report = link.sync("7", timeout_s=60)
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class WeightLink:
         """``buffers``: the memory of the weights, read at every transfer. ``source``: another transport's end than the
         meeting's (for fault injection)."""
         self._meeting = meeting
-        self.watch: Callable[[str], object] = lambda _: None  # told every phase of a transfer as it begins
+        self.watch: Callable[[str], None] = lambda _: None  # told every phase of a transfer as it begins
         end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
         self.sender = WeightSender(
             meeting.address, meeting.token, sources=1, receivers=meeting.receivers, deadlines=deadlines,
-            observe=lambda phase: self.watch(phase),
+            observe=self._entered,
         )  # fmt: skip
         self._source = WeightSource(meeting.address, meeting.token, layout, 0, end)
         self._source.buffers = buffers
@@ -117,6 +117,9 @@ class WeightLink:
         """The same for who wants to know how it failed."""
         self.sender.wait(timeout_s)
         return self.sender.sync(version)
+
+    def _entered(self, phase: str) -> None:
+        self.watch(phase)
 
     def close(self) -> None:
         """Leave; engines keep what they serve."""

@@ -75,7 +75,9 @@ class WeightSender:
         participant is not connected, the layouts do not fit together, or a transfer is under way.
         """
         if self._coordinator is not None and self._coordinator.phase is not Phase.IDLE:
-            raise WeightSyncError(f"cannot start a transfer of {version!r}: another one is in {self._coordinator.phase}")
+            raise WeightSyncError(
+                f"cannot start a transfer of {version!r}: another one is in {self._coordinator.phase}"
+            )
         while not self._inbox.empty():
             self._note(*self._inbox.get())
         if self.missing:

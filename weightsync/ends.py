@@ -1,4 +1,4 @@
-"""The transports by name. Each is imported when it is asked for: one of them needs a package that is not always there."""
+"""The transports by name, each imported when it is asked for: one needs a package that is not always there."""
 
 from __future__ import annotations
 

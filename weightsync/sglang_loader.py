@@ -4,7 +4,8 @@ SGLang calls a custom weight loader with the model and the tensors it was sent, 
 raises. So a request is one uint8 tensor of JSON that names an ``answer`` file; the answer, ``{"result": …}`` or
 ``{"error": text}``, is written there and nothing is raised. No weights pass through SGLang's own endpoints.
 
-Parameters are addressed by their Hugging Face names, as views into the engine's fused ones: what is digested or flipped is the memory the next forward pass reads.
+Parameters are addressed by their Hugging Face names, as views into the engine's fused ones: what is digested or flipped
+is the memory the next forward pass reads.
 """
 
 from __future__ import annotations

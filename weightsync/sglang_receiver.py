@@ -1,4 +1,4 @@
-"""The receiving end in SGLang's scheduler process. `start` is called there by name, once the scheduler's loop begins."""
+"""The receiving end in SGLang's scheduler process: `start` is called there by name when the scheduler's loop begins."""
 
 from __future__ import annotations
 

@@ -133,9 +133,7 @@ def megatron_to_hf(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> It
         yield name, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def hf_blocks(
-    config: ModelConfig, state: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+def hf_blocks(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
     """The same without a copy: each tensor as contiguous views into ``state`` that follow one another by rows."""
     head, groups = config.head_dim, config.num_key_value_heads
     per_group = config.num_attention_heads // groups * head

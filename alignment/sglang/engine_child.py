@@ -268,9 +268,7 @@ def _tokens(
         finish_reason=reason["type"],
         weight_version=meta["weight_version"],
         cached_tokens=meta.get("cached_tokens", 0),
-        routed_experts=None
-        if capture is None or not ids
-        else _routed(index, len(request.input_ids), result, capture),
+        routed_experts=None if capture is None or not ids else _routed(index, len(request.input_ids), result, capture),
         weight_spans=tuple(WeightSpan(**span) for span in meta.get("weight_versions", ())),
     )
 

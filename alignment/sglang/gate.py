@@ -21,8 +21,8 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.io_struct import AbortReq, ContinueGenerationReqInput, PauseGenerationReqInput
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from zerokl.alignment.sglang.config import InFlight

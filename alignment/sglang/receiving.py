@@ -20,20 +20,13 @@ def attach(runner: Any) -> Callable[[], dict[str, Any]]:
     settings = getattr(runner.model.config, TRANSFER_KEY, None)
     if settings is None:
         return dict
-    transfer, state = Transfer(**settings), _State()
+    transfer = Transfer(**settings)
+    state: list[Callable[[], dict[str, Any]]] = [lambda: {"state": "starting", "version": None}]
 
     def started(gate: Gate) -> None:
         start, parallel = pkgutil.resolve_name(transfer.receiver), get_parallel()
-        state.read = start(
-            runner.model, runner.model_config.model_path, gate, parallel.tp_rank, parallel.tp_size, settings
-        )
+        path = runner.model_config.model_path
+        state[0] = start(runner.model, path, gate, parallel.tp_rank, parallel.tp_size, settings)
 
     Gate(transfer.in_flight, started).install()
-    return lambda: {"weights": state.read()}
-
-
-class _State:
-    """What the receiving end says of itself, once it has started."""
-
-    def read(self) -> dict[str, str | None]:  # replaced by the receiving end's own
-        return {"state": "starting", "version": None}
+    return lambda: {"weights": state[0]()}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from zerokl.weightsync.push import push
 
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.moe_faults import sparse_layers
@@ -20,7 +21,6 @@ from zerokl.alignment.types import PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import faults
 from zerokl.orchestrate.scoring import score
-from zerokl.weightsync.push import push
 
 CHUNK = 64
 VOCAB = 300  # ids that all test models have

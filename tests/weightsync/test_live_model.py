@@ -1,9 +1,9 @@
 """A real module as the engine: fused parameters get their parts, and a failure gives back what was there."""
 
-import test_push
+import fused_model
 import torch
+from fused_model import VOCAB, weights  # noqa: F401
 from parties import QUICK, TOKEN
-from test_push import VOCAB, weights  # noqa: F401
 
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.live_model import LiveModel, named_layout
@@ -14,10 +14,13 @@ from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
 
 def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_path, weights):  # noqa: F811
     tmp_path.chmod(0o700)
-    model, calls = test_push.Model(), []
+    model, calls = fused_model.Model(), []
     before = {name: x.clone() for name, x in live_parameters(model).items()}
     engine = LiveModel(
-        model, pause=lambda: calls.append("pause"), flush=lambda: calls.append("flush"), resume=calls.append
+        model,
+        pause=lambda: calls.append("pause"),
+        run=lambda action: [action(), calls.append("changed")],
+        resume=calls.append,
     )
     layout, buffers = named_layout(weights)
     source = WeightSource(tmp_path / "s", TOKEN, layout, 0, IpcSource(tmp_path))
@@ -35,7 +38,7 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
         calls.clear()
         outcome = sender.sync("v1")
         assert outcome.committed, outcome.cause
-        assert calls == ["pause", "flush", "v1"]
+        assert calls == ["pause", "changed", "v1"]
         live = live_parameters(model)
         assert live.keys() == weights.keys()
         assert all(torch.equal(live[name], x) for name, x in weights.items())

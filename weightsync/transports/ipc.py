@@ -205,9 +205,7 @@ class IpcTarget:
             return map_export(files[0], nbytes, name)
 
 
-def arrange(
-    plan: Plan, source: int, endpoints: Mapping[str, bytes]
-) -> tuple[dict[tuple[int, str], Region], int]:
+def arrange(plan: Plan, source: int, endpoints: Mapping[str, bytes]) -> tuple[dict[tuple[int, str], Region], int]:
     """What lies where in a sender's file, and its size: (target, buffer) -> region. Both sides compute it, from the
     plan and from the sizes that the receivers announced. Raises TransferError where those do not fit the plan."""
     copies: dict[tuple[int, str], list[Copy]] = {}
