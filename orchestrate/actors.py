@@ -80,10 +80,9 @@ class Actors:
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
         self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
-        sync = config.weightsync
         meeting = None  # the control's weights stay as they are
         if not stock:
-            meeting = Meeting.in_folder(places.scratch, transport=sync.transport, in_flight=sync.in_flight)
+            meeting = Meeting.in_folder(places.scratch, transport=config.weightsync.transport)
         transfer = None if meeting is None else meeting.transfer()
         engine = engine_config(config, model, architecture=architecture, stock=stock, transfer=transfer)
         started = (

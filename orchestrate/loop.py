@@ -222,7 +222,7 @@ class Driver:
         for attempt in range(1, _LIVES + 1):
             actors.wait(actors.rollout.revive.remote(), "the engine to answer", self.config.run.start_timeout_s)
             try:
-                return actors.wait(actors.trainer.sync.remote(self.version), what)
+                return actors.wait(actors.trainer.sync.remote(self.version, self.config.weightsync.in_flight), what)
             except SyncFailed as failure:
                 if attempt == _LIVES:
                     raise

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
     from zerokl.orchestrate.weights import Meeting, SyncReport, WeightLink
+    from zerokl.weightsync.messages import InFlight
 
 _JOIN_S = 20.0  # for a running engine; its receiving end connects when its scheduler starts
 
@@ -134,12 +135,14 @@ class Trainer:
 
         return score(self.policy, *_pairs(samples))
 
-    def sync(self, version: str) -> SyncReport:
-        """Put the current weights into the engine. Raises SyncFailed, with the cause, if they did not get there."""
+    def sync(self, version: str, in_flight: InFlight) -> SyncReport:
+        """Put the current weights into the engine; `in_flight`: what becomes of requests under way.
+
+        Raises SyncFailed, with the cause, if they did not get there."""
         from zerokl.weightsync.errors import WeightSyncError
 
         try:
-            return self.link.sync(version, timeout_s=_JOIN_S)
+            return self.link.sync(version, timeout_s=_JOIN_S, in_flight=in_flight)
         except (WeightSyncError, TimeoutError) as error:
             raise SyncFailed(str(error)) from error
 

@@ -19,12 +19,13 @@ from zerokl.weightsync.ends import source_end
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout
 from zerokl.weightsync.members import WeightSource
+from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.protocol import Deadlines, Outcome
 from zerokl.weightsync.transports.base import Buffers, Source
 from zerokl.weightsync.wire import new_token, read_token
 
 if TYPE_CHECKING:
-    from zerokl.alignment.sglang.config import InFlight, Transfer
+    from zerokl.alignment.sglang.config import Transfer
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,15 @@ class Meeting:
 
     folder: Path
     transport: str = "ipc"
-    in_flight: InFlight = "abort"
     receivers: int = 1
 
     @staticmethod
-    def in_folder(parent: Path, *, transport: str = "ipc", in_flight: InFlight = "abort") -> Meeting:
+    def in_folder(parent: Path, *, transport: str = "ipc") -> Meeting:
         """A new folder below ``parent``, whose path must be short: sockets lie in it."""
         folder = parent / "weights"
         folder.mkdir(mode=0o700)
         new_token(folder / "token")
-        return Meeting(folder, transport, in_flight)
+        return Meeting(folder, transport)
 
     @property
     def address(self) -> Path:
@@ -63,7 +63,7 @@ class Meeting:
 
         return Transfer(
             str(self.address), str(self.folder / "token"),
-            ranks=self.ranks, transport=self.transport, in_flight=self.in_flight,
+            ranks=self.ranks, transport=self.transport,
         )  # fmt: skip
 
 
@@ -101,10 +101,10 @@ class WeightLink:
         self._source.buffers = buffers
         self._source.start()
 
-    def sync(self, version: str, *, timeout_s: float) -> SyncReport:
+    def sync(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> SyncReport:
         """Give the engine the weights as they are now. Raises WeightSyncError, with the cause, if it did not come to
         that: the engine serves what it served before, or nothing. TimeoutError if someone did not join in time."""
-        outcome = self.attempt(version, timeout_s=timeout_s)
+        outcome = self.attempt(version, timeout_s=timeout_s, in_flight=in_flight)
         if not outcome.committed or outcome.lost:
             cause = outcome.cause or "; ".join(f"{name}: {why}" for name, why in outcome.lost.items())
             raise WeightSyncError(f"weights {version!r} did not reach the engine: {cause}")
@@ -113,10 +113,10 @@ class WeightLink:
             outcome.gb_per_s, outcome.paused_s,
         )  # fmt: skip
 
-    def attempt(self, version: str, *, timeout_s: float) -> Outcome:
+    def attempt(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> Outcome:
         """The same for who wants to know how it failed."""
         self.sender.wait(timeout_s)
-        return self.sender.sync(version)
+        return self.sender.sync(version, in_flight=in_flight)
 
     def _entered(self, phase: str) -> None:
         self.watch(phase)

@@ -13,6 +13,7 @@ import torch
 
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Box, Layout, Piece, Rank, Tensor, full
+from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.sglang_loader import live_parts
 from zerokl.weightsync.transports.base import Buffers
 
@@ -69,7 +70,7 @@ class LiveModel:
         self,
         model: torch.nn.Module,
         *,
-        pause: Callable[[], None],
+        pause: Callable[[InFlight], None],
         run: Callable[[Callable[[], None]], None],
         resume: Callable[[str], None],
     ) -> None:

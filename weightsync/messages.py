@@ -6,7 +6,7 @@ travel here. Sizes are capped per field and per frame.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +29,9 @@ RankNumber = Annotated[int, Meta(ge=0, lt=1 << 16)]
 Endpoint = Annotated[bytes, Meta(max_length=1 << 20)]
 """What a transport tells its peers about itself: a capability, never logged."""
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
+InFlight = Literal["abort", "retract", "continue"]
+"""What becomes of requests under way when new weights come: they end with what they have; or wait, drop their cache and
+go on under the new weights; or go on with the cache they have."""
 Count = Annotated[int, Meta(ge=0)]
 
 
@@ -78,6 +81,7 @@ class Plan(InAttempt, frozen=True):
     sender: Layout
     receiver: Layout
     patience_s: Seconds
+    in_flight: InFlight = "abort"
 
 
 class Prepare(InAttempt, frozen=True):

@@ -112,7 +112,7 @@ class Coordinator:
         self.outcome = Outcome("")
         self.attempt = b""
 
-    def begin(self, attempt: bytes, version: str, now: float) -> Outgoing:
+    def begin(self, attempt: bytes, version: str, now: float, in_flight: m.InFlight = "abort") -> Outgoing:
         """Start an attempt. Raises WeightSyncError while another one is under way."""
         if self.phase is not Phase.IDLE:
             raise WeightSyncError(
@@ -122,7 +122,7 @@ class Coordinator:
         self._answers: dict[str, m.Message] = {}
         self._expected: dict[str, tuple[bytes, ...]] = {}
         sender, receiver = self._layouts
-        order = m.Plan(attempt, version, sender, receiver, self._deadlines.patience)
+        order = m.Plan(attempt, version, sender, receiver, self._deadlines.patience, in_flight)
         return self._enter(Phase.PLAN, self.sources + self.targets, lambda _: order, now)
 
     def receive(self, peer: str, message: m.Message, now: float) -> Outgoing:

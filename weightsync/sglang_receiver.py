@@ -13,6 +13,7 @@ from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout
 from zerokl.weightsync.live_model import LiveModel
 from zerokl.weightsync.members import WeightReceiver
+from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.model_shape import read_shape
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.wire import read_token
@@ -21,7 +22,7 @@ from zerokl.weightsync.wire import read_token
 class Stop(Protocol):
     """How an engine is stopped and started (`alignment.sglang.gate.Gate`)."""
 
-    def pause(self) -> None: ...
+    def pause(self, in_flight: InFlight) -> None: ...
 
     def run(self, action: Callable[[], None]) -> None: ...
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,8 +26,6 @@ TRACE_KEY = "zerokl_trace"
 TRANSFER_KEY = "zerokl_transfer"
 """The same for `EngineConfig.transfer`, as a JSON object: the token itself stays in its file."""
 
-InFlight = Literal["abort", "retract", "continue"]
-
 
 @dataclass(frozen=True)
 class Transfer:
@@ -35,7 +33,6 @@ class Transfer:
 
     address: the coordinator's socket; token_file: the run's token, in a file of this user alone; engine: this engine's
     number, from 0; ranks: how many send and receive in all; transport: how the bytes travel.
-    in_flight: what becomes of requests under way when new weights come (see `gate`).
     receiver: the function, by name, that starts the receiving end in the scheduler's process.
     """
 
@@ -44,7 +41,6 @@ class Transfer:
     engine: int = 0
     ranks: tuple[int, int] = (1, 1)
     transport: str = "ipc"
-    in_flight: InFlight = "abort"
     receiver: str = "zerokl.weightsync.sglang_receiver.start"
 
 

@@ -117,7 +117,7 @@ class _Server:
         match command:
             case protocol.Generate(requests):
                 self._check_weights()
-                aborts = self.config.transfer is not None and self.config.transfer.in_flight == "abort"
+                aborts = self.config.transfer is not None
                 return protocol.Generated(self._run(_generate(self.engine, requests, self.capture, aborts=aborts)))
             case protocol.Serving():
                 return self._serving()

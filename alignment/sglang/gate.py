@@ -3,7 +3,7 @@
 Another thread asks; everything happens on the scheduler's own thread, at the top of its loop. Ranks of one engine stop
 and start at the same step: they agree on it by a reduction, as their steps hold collectives.
 
-``in_flight`` says what becomes of requests that are being answered when the engine stops:
+What becomes of requests that are being answered when the engine stops:
 
     abort      they end, with what they have (finish reason ``abort``)
     retract    their cache is dropped; they wait, and go on from what they have under the new weights
@@ -25,7 +25,6 @@ from sglang.srt.managers.io_struct import AbortReq, ContinueGenerationReqInput, 
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from zerokl.alignment.sglang.config import InFlight
 from zerokl.alignment.sglang.errors import EngineError, HookError
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -38,8 +37,8 @@ _MARK = "|zerokl:"
 class Gate:
     """One engine rank's. ``started`` is called once, with the gate, when the scheduler's loop begins."""
 
-    def __init__(self, in_flight: InFlight, started: Callable[[Gate], None]) -> None:
-        self._in_flight, self._started = in_flight, started
+    def __init__(self, started: Callable[[Gate], None]) -> None:
+        self._started, self._in_flight = started, "abort"
         self._scheduler: Any = None
         self._version: str | None = None
         self._wanted = self._paused = False  # the first is set by the other thread, the second by the scheduler's
@@ -59,8 +58,10 @@ class Gate:
 
     # -- called from the other thread -----------------------------------------------------------------------------
 
-    def pause(self) -> None:
-        """Ask the scheduler to stop before one of its next steps; does not wait."""
+    def pause(self, in_flight: str) -> None:
+        """Ask the scheduler to stop before one of its next steps; does not wait. ``in_flight``: abort, retract or
+        continue."""
+        self._in_flight = in_flight
         self._want(paused=True)
 
     def run(self, action: Callable[[], None]) -> None:

@@ -28,5 +28,5 @@ def attach(runner: Any) -> Callable[[], dict[str, Any]]:
         path = runner.model_config.model_path
         state[0] = start(runner.model, path, gate, parallel.tp_rank, parallel.tp_size, settings)
 
-    Gate(transfer.in_flight, started).install()
+    Gate(started).install()
     return lambda: {"weights": state[0]()}

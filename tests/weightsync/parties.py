@@ -28,7 +28,7 @@ class Engine:
     def __init__(self):
         self.calls, self.version, self.buffers, self.running = [], None, {}, False
 
-    def pause(self):
+    def pause(self, in_flight):  # noqa: ARG002
         self.calls.append("pause")
         self.running = False
 

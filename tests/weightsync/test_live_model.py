@@ -18,7 +18,7 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
     before = {name: x.clone() for name, x in live_parameters(model).items()}
     engine = LiveModel(
         model,
-        pause=lambda: calls.append("pause"),
+        pause=lambda _: calls.append("pause"),
         run=lambda action: [action(), calls.append("changed")],
         resume=calls.append,
     )

@@ -16,7 +16,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -85,7 +85,7 @@ class IpcSource:
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
         regions, nbytes = arrange(job.plan, job.rank, endpoints)
         waiting = {name_of(source=False, rank=target) for target, _ in regions}
-        file = self.write(set(regions.values()), nbytes)
+        file = self._write(set(regions.values()), nbytes)
         try:
             while waiting:
                 job.check(", ".join(sorted(waiting)) + " to fetch the weights")
@@ -102,7 +102,7 @@ class IpcSource:
             self._socket = None
         self._buffers = {}
 
-    def write(self, regions: set[Region], nbytes: int) -> int:
+    def _write(self, regions: set[Region], nbytes: int) -> int:
         """A sealed memory file with these regions; returns its descriptor.
 
         Plain writes: full memory is an error then, not a signal. Raises TransferError if there is not enough.
@@ -110,9 +110,7 @@ class IpcSource:
         file = os.memfd_create("zerokl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(file, nbytes)
-            for region in sorted(regions, key=lambda region: region.offset):
-                for copy, offset, pitch in placed(region):
-                    _put(file, region.offset + offset, pitch, source_view(self._buffers, copy))
+            self.fill(file, sorted(regions, key=lambda region: region.offset))
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
         except OSError as error:
             os.close(file)
@@ -121,6 +119,12 @@ class IpcSource:
             os.close(file)
             raise
         return file
+
+    def fill(self, file: int, regions: Sequence[Region]) -> None:
+        """Write every copy of the regions to its place in the file."""
+        for region in regions:
+            for copy, offset, pitch in placed(region):
+                _put(file, region.offset + offset, pitch, source_view(self._buffers, copy))
 
     def _hand_over(self, file: int) -> str:
         """Serve one caller, if there is one; returns its name, empty for nobody or a stranger."""
