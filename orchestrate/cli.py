@@ -47,6 +47,11 @@ class Fault(enum.StrEnum):
     replay_shift = "replay-shift"
 
 
+class SyncFaults(enum.StrEnum):
+    none = "none"
+    random = "random"
+
+
 class Side(enum.StrEnum):
     rollout = "rollout"
     trainer = "trainer"
@@ -74,6 +79,10 @@ def verify(
     control: Annotated[Control | None, typer.Option(help="Run the engines' own kernels instead.")] = None,
     replay: Annotated[Replay, typer.Option(help="Train along the rollout's choice of experts.")] = Replay.off,
     inject: Annotated[Fault | None, typer.Option(help="Plant one fault, which must be found.")] = None,
+    syncs: Annotated[int, typer.Option(min=0, help="Before: train a step and send the weights, so often.")] = 0,
+    faults: Annotated[SyncFaults, typer.Option(help="Faults during these transfers, drawn from the seed.")] = (
+        SyncFaults.none
+    ),
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Sample with SGLang, score with Megatron-Core, compare every log-probability as bits."""
@@ -93,6 +102,8 @@ def verify(
         stock=control is not None,
         replay=replay.value,
         inject=inject.value if inject else None,
+        syncs=syncs,
+        sync_faults=faults is SyncFaults.random,
     )
     result = command.run(settings, say=_say)
     if json is not None:

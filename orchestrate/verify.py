@@ -19,7 +19,7 @@ from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import Mismatch, compare
-from zerokl.orchestrate import builtin_prompts, faults, manifest, models
+from zerokl.orchestrate import builtin_prompts, faults, manifest, models, sync_runs
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.callables import load_architecture
 from zerokl.orchestrate.data import Task, read_jsonl
@@ -32,7 +32,6 @@ from zerokl.weightsync.live_model import block_layout
 
 if TYPE_CHECKING:
     from zerokl.alignment.architectures import Architecture
-    from zerokl.alignment.megatron.optimizer import OptimizerSettings
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import RolloutEngine
 
@@ -44,7 +43,8 @@ GENERATE_TIMEOUT_S = 1800.0
 @dataclass(frozen=True)
 class Settings:
     """The command's options; ``architecture``: the name of one the package does not know, ``stock``: the engines' own
-    kernels, ``replay``: see `alignment.routing_replay`, ``inject``: one planted fault."""
+    kernels, ``replay``: see `alignment.routing_replay`, ``inject``: one planted fault, ``syncs``: how often the policy
+    is trained and sent to the engine before (`sync_runs`), with ``sync_faults``."""
 
     model: str
     architecture: str | None = None
@@ -56,6 +56,8 @@ class Settings:
     stock: bool = False
     replay: Mode = "off"
     inject: faults.Fault | None = None
+    syncs: int = 0
+    sync_faults: bool = False
 
 
 def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -77,14 +79,21 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
     with contextlib.ExitStack() as stack:
         meeting = None
-        if settings.inject == "tie-break":  # the one fault that changes the weights of both sides
+        if settings.syncs or settings.inject == "tie-break":  # the one fault that changes the weights of both sides
             meeting = Meeting.in_folder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zerokl-"))))
         engine, policy = start(
-            folder, requests, architecture, stock=settings.stock, replay=settings.replay, meeting=meeting
-        )
-        stack.enter_context(engine)
-        sync = None
-        if meeting is not None:
+            folder, requests, architecture, stock=settings.stock, replay=settings.replay, meeting=meeting,
+            trained=settings.syncs > 0,
+        )  # fmt: skip
+        sync, rounds = None, []
+        if settings.syncs:
+            assert meeting is not None
+            runs = stack.enter_context(sync_runs.SyncRuns(meeting, engine, policy, requests))
+            rounds = sync_runs.run(runs, settings.syncs, settings.seed, faults=settings.sync_faults, say=say)
+            engine = runs.engine  # it may be another one by now
+        else:
+            stack.enter_context(engine)
+        if meeting is not None and not settings.syncs:
             link = stack.enter_context(connect(meeting, policy))
             sync = functools.partial(link.sync, "ties", timeout_s=START_TIMEOUT_S)
         faults.plant(settings.inject, engine, policy, sync)
@@ -100,13 +109,14 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     faults.damage_scores(settings.inject, scored)
     found = compare(generations, scored)
     engine_digest, trainer_digest = (_one_digest(side) for side in digests)
-    equal = found.equal and engine_digest == trainer_digest and differing == 0
+    equal = found.equal and engine_digest == trainer_digest and differing == 0 and all(row.ok for row in rounds)
     return {
         "equal": equal,
         **found.to_json(),
         "routing": {"replay": settings.replay, "differing_tokens": differing if settings.replay == "check" else None},
         "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
         "trace": None if equal or settings.stock else trace_command(settings, found.first_mismatch),
+        "syncs": sync_runs.to_json(rounds),
         "requests": len(requests),
         "longest_prompt": max(len(r.input_ids) for r in requests),
         "cached_tokens": sum(g.cached_tokens for g in generations),
@@ -126,6 +136,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"KL k1, k2, k3     {kl['k1']}, {kl['k2']}, {kl['k3']}",
         f"weights           engine {result['weights_digest']['engine']}, trainer {result['weights_digest']['trainer']}",
     ]
+    if result["syncs"]:
+        bad = [row["number"] for row in result["syncs"] if not row["ok"]]
+        out.append(
+            f"weight transfers  {len(result['syncs'])} rounds, " + (f"NOT ALL WELL: {bad}" if bad else "all well")
+        )
     if result["routing"]["differing_tokens"] is not None:
         out.append(f"routed otherwise  {result['routing']['differing_tokens']} tokens")
     if first:
@@ -168,6 +183,10 @@ def make_requests(
     _check_moe(settings, config)
     faults.check(settings.inject, config, settings.replay, stock=settings.stock)
     tokenizer = Tokenizer(folder, config.vocab_size)
+    if settings.syncs and settings.stock:
+        raise UserError("--syncs: stock engines take no new weights", "leave out --control stock")
+    if settings.sync_faults and not settings.syncs:
+        raise UserError("--faults: there is no transfer to fail", "add --syncs N")
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
         raise UserError(
@@ -214,12 +233,14 @@ def start(
     replay: Mode = "off",
     trace: bool = False,
     meeting: Meeting | None = None,
-    optimizer: OptimizerSettings | None = None,
+    trained: bool = False,
 ) -> tuple[RolloutEngine, MegatronPolicy]:
     """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record.
 
-    ``meeting``: the engine waits for its weights there (`connect`) and samples nothing before.
+    ``meeting``: the engine waits for its weights there (`connect`) and samples nothing before. ``trained``: the policy
+    can take optimizer steps.
     """
+    from zerokl.alignment.megatron.optimizer import OptimizerSettings
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 
@@ -237,11 +258,17 @@ def start(
         threads=cores(None),
         transfer=None if meeting is None else meeting.transfer(),
     )
+    optimizer = OptimizerSettings(learning_rate=1e-4)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=START_TIMEOUT_S)
         try:
             policy = MegatronPolicy(
-                folder, architecture=architecture, optimizer=optimizer, stock=stock, replay=replay, threads=cores(None)
+                folder,
+                architecture=architecture,
+                optimizer=optimizer if trained else None,
+                stock=stock,
+                replay=replay,
+                threads=cores(None),
             )
         except BaseException:
             if starting.exception() is None:

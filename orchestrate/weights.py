@@ -85,8 +85,7 @@ class WeightLink:
     """The trainer's side: the coordinator, and the one sending rank."""
 
     def __init__(
-        self, meeting: Meeting, layout: Layout, buffers: Buffers, *, deadlines: Deadlines | None = None,
-        source: Source | None = None,
+        self, meeting: Meeting, layout: Layout, buffers: Buffers, *, source: Source | None = None
     ) -> None:  # fmt: skip
         """``buffers``: the memory of the weights, read at every transfer. ``source``: another transport's end than the
         meeting's (for fault injection)."""
@@ -94,7 +93,7 @@ class WeightLink:
         self.watch: Callable[[str], None] = lambda _: None  # told every phase of a transfer as it begins
         end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
         self.sender = WeightSender(
-            meeting.address, meeting.token, sources=1, receivers=meeting.receivers, deadlines=deadlines,
+            meeting.address, meeting.token, sources=1, receivers=meeting.receivers,
             observe=self._entered,
         )  # fmt: skip
         self._source = WeightSource(meeting.address, meeting.token, layout, 0, end)
@@ -113,10 +112,12 @@ class WeightLink:
             outcome.gb_per_s, outcome.paused_s,
         )  # fmt: skip
 
-    def attempt(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> Outcome:
+    def attempt(
+        self, version: str, *, timeout_s: float, in_flight: InFlight = "abort", deadlines: Deadlines | None = None
+    ) -> Outcome:
         """The same for who wants to know how it failed."""
         self.sender.wait(timeout_s)
-        return self.sender.sync(version, in_flight=in_flight)
+        return self.sender.sync(version, in_flight=in_flight, deadlines=deadlines)
 
     def _entered(self, phase: str) -> None:
         self.watch(phase)

@@ -68,9 +68,9 @@ class WeightSender:
             except queue.Empty:
                 raise TimeoutError(f"waited {timeout_s:g} s for {', '.join(self.missing)} to connect") from None
 
-    def sync(self, version: str, *, in_flight: m.InFlight = "abort") -> Outcome:
+    def sync(self, version: str, *, in_flight: m.InFlight = "abort", deadlines: Deadlines | None = None) -> Outcome:
         """Give every receiver this version, or leave every receiver as it is; never anything in between.
-        ``in_flight``: what becomes of requests under way.
+        ``in_flight``: what becomes of requests under way; ``deadlines``: others than usual, for this transfer.
 
         Returns how it ended: look at ``committed`` and ``cause``. Raises WeightSyncError, before anything starts, if a
         participant is not connected, the layouts do not fit together, or a transfer is under way.
@@ -84,6 +84,7 @@ class WeightSender:
         if self.missing:
             raise WeightSyncError(f"{', '.join(self.missing)} not connected: no version is sent to the others alone")
         coordinator = self._plan()
+        coordinator.deadlines = deadlines or self._deadlines
         self._send(coordinator, coordinator.begin(secrets.token_bytes(16), version, time.monotonic(), in_flight))
         phase = Phase.IDLE
         while coordinator.phase is not Phase.IDLE:

@@ -103,7 +103,7 @@ class Coordinator:
         """Plan the transfer. Raises LayoutError if the sides do not fit together."""
         self.plan: Plan = make_plan(sender, receiver)
         self._layouts = sender, receiver
-        self._deadlines, self._floor = deadlines, floor_gb_per_s
+        self.deadlines, self._floor = deadlines, floor_gb_per_s
         self.sources = [name_of(source=True, rank=rank) for rank in range(len(sender.ranks))]
         self.targets = [name_of(source=False, rank=rank) for rank in range(len(receiver.ranks))]
         self.phase = Phase.IDLE
@@ -122,7 +122,7 @@ class Coordinator:
         self._answers: dict[str, m.Message] = {}
         self._expected: dict[str, tuple[bytes, ...]] = {}
         sender, receiver = self._layouts
-        order = m.Plan(attempt, version, sender, receiver, self._deadlines.patience, in_flight)
+        order = m.Plan(attempt, version, sender, receiver, self.deadlines.patience, in_flight)
         return self._enter(Phase.PLAN, self.sources + self.targets, lambda _: order, now)
 
     def receive(self, peer: str, message: m.Message, now: float) -> Outgoing:
@@ -235,7 +235,7 @@ class Coordinator:
         return [(peer, order(peer)) for peer in peers]
 
     def _limit(self, phase: Phase) -> float:
-        return getattr(self._deadlines, phase.value)
+        return getattr(self.deadlines, phase.value)
 
 
 def expected_digests(plan: Plan, sent: Mapping[str, tuple[bytes, ...]]) -> dict[str, tuple[bytes, ...]]:

@@ -87,7 +87,11 @@ class RolloutEngine:
 
     def serving(self, *, timeout_s: float = 60) -> str | None:
         """The version of the transferred weights that may be served now; None: none may."""
-        return self._ask(protocol.Serving(), protocol.Served, timeout_s, "the version it serves").version
+        return self._served(timeout_s).version
+
+    def state(self, *, timeout_s: float = 60) -> str:
+        """The state of the engine's end of weight transfers (`weightsync.participant.State`)."""
+        return self._served(timeout_s).state
 
     def weights_digest(self, *, timeout_s: float = 60) -> dict[str, str]:
         """xxh3_128 of every live parameter, by Hugging Face name; a tied head counts as the embedding only."""
@@ -175,6 +179,9 @@ class RolloutEngine:
             routed_experts=routed,
             weight_spans=tokens.weight_spans,
         )
+
+    def _served(self, timeout_s: float) -> protocol.Served:
+        return self._ask(protocol.Serving(), protocol.Served, timeout_s, "the version it serves")
 
     def _ask(self, message: protocol.Message, expected: type, timeout_s: float, waiting_for: str) -> Any:
         with self._lock:
