@@ -122,6 +122,7 @@ class Gate:
         scheduler = self._scheduler
         if self._in_flight == "abort" and not scheduler.is_fully_idle():
             scheduler.abort_request(AbortReq(abort_all=True))  # they end with the next step; then the scheduler stops
+            self._ring()  # and does not sleep before
             return
         mode = "retract" if self._in_flight == "retract" else "in_place"
         scheduler.pause_generation(PauseGenerationReqInput(mode=mode))
