@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from zerokl.orchestrate.verify import connect
-from zerokl.orchestrate.weights import Meeting, WeightLink
 
 from zerokl.alignment.megatron.model_config import ModelConfig
 from zerokl.alignment.megatron.moe_faults import sparse_layers
@@ -23,6 +21,8 @@ from zerokl.alignment.types import PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import faults
 from zerokl.orchestrate.scoring import score
+from zerokl.orchestrate.verify import connect
+from zerokl.orchestrate.weights import Meeting, WeightLink
 
 CHUNK = 64
 VOCAB = 300  # ids that all test models have
