@@ -96,6 +96,16 @@ def test_a_second_transfer_at_once_is_refused_and_does_not_disturb_the_first(sta
     assert run.all_hold(1)
 
 
+@pytest.mark.parametrize("in_flight", ["abort", "retract", "continue"])
+def test_every_engine_is_told_what_to_do_with_requests_under_way(start, in_flight):
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    run.load(1)
+    outcome = run.sender.sync("v", in_flight=in_flight)
+    assert outcome.committed
+    assert [engine.in_flight for engine in run.engines] == [in_flight] * 2
+    assert outcome.paused_s > 0
+
+
 def test_a_slow_transport_is_refused(start):
     run = start(floor_gb_per_s=1e6)
     outcome = run.sync("v", seed=1)

@@ -1,12 +1,14 @@
 """A real module as the engine: fused parameters get their parts, and a failure gives back what was there."""
 
 import fused_model
+import pytest
 import torch
 from fused_model import VOCAB, weights  # noqa: F401
 from parties import QUICK, TOKEN
 
 from zerokl.weightsync.channel import WeightSender
-from zerokl.weightsync.live_model import LiveModel, named_layout
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.live_model import LiveModel, block_layout, named_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.sglang_loader import live_parameters
 from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
@@ -50,3 +52,23 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
         assert torch.equal(model.mlp.gate_up_proj(x)[0, :6], (x @ weights["mlp.gate_proj.weight"].T)[0])
     source.close()
     receiver.close()
+
+
+def test_tensors_are_found_in_the_parameters_that_hold_their_parts():
+    """Rows of `q` and `k` that take turns in one parameter, as in a trainer's."""
+    fused, other = torch.arange(48).bfloat16().view(2, 3, 8), torch.zeros(5)
+    layout, buffers = block_layout(
+        {"qk": fused, "bias": other}, {"q": tuple(fused[:, :2]), "k": tuple(fused[:, 2:]), "b": (other,)}
+    )
+    assert {t.name: (t.shape, t.dtype) for t in layout.tensors} == {
+        "q": ((4, 8), "bfloat16"), "k": ((2, 8), "bfloat16"), "b": ((5,), "float32"),
+    }  # fmt: skip
+    pieces = [(p.tensor, p.box.top, p.box.bottom, p.buffer, p.offset) for p in layout.ranks[0].pieces]
+    assert pieces == [("q", 0, 2, "qk", 0), ("q", 2, 4, "qk", 48), ("k", 0, 1, "qk", 32), ("k", 1, 2, "qk", 80),
+                      ("b", 0, 5, "bias", 0)]  # fmt: skip
+    layout.check("trainer")
+    fused[0, 0, 0] = 7  # buffers are the parameters' own memory
+    assert buffers["qk"].view(torch.bfloat16)[0] == 7
+    for stray in (torch.zeros(2, 8), fused.transpose(0, 1), fused[:, 0]):
+        with pytest.raises(WeightSyncError, match=r"part of 'x' .* is no contiguous run of a parameter"):
+            block_layout({"qk": fused}, {"x": (stray,)})
