@@ -60,7 +60,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class LiveModel:
-    """An `Engine` that swaps the memory under a model's parameters; nothing is copied.
+    """An `Engine` that swaps the memory under a model's parameters; nothing is copied. Raises WeightSyncError for
+    parameters that are not in CPU memory.
 
     ``pause`` and ``resume`` stop and start the answering of requests; ``run`` calls what it is given where no step of
     the engine runs, with whatever the engine needs before and after a change of its weights.
@@ -76,6 +77,9 @@ class LiveModel:
     ) -> None:
         self._parameters = dict(model.named_parameters())  # lists a shared parameter once
         self._first = {name: parameter.data for name, parameter in self._parameters.items()}
+        elsewhere = sorted({str(parameter.device) for parameter in self._first.values()} - {"cpu"})
+        if elsewhere:
+            raise WeightSyncError(f"weights are received into CPU memory only; the model is on {', '.join(elsewhere)}")
         self.pause, self._run, self._resume = pause, run, resume
         self.layout = _live_layout(model, self._parameters)
 

@@ -71,7 +71,12 @@ class Gate:
         done: Future[None] = Future()
         self._actions.put((action, done))
         self._ring()
-        done.result(_TIMEOUT_S)
+        try:
+            done.result(_TIMEOUT_S)
+        except TimeoutError:
+            if done.cancel():  # it has not begun, and now it never will
+                raise EngineError(f"the scheduler changed no weights in {_TIMEOUT_S:g} s") from None
+            done.result()
 
     def resume(self, version: str) -> None:
         """Go on, with ``version`` as the weights of all tokens from here on; waits for it."""
@@ -142,6 +147,8 @@ class Gate:
             self._changed.notify_all()
 
     def _change(self, action: Callable[[], None], done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
         try:
             self._in_window(action)
         except Exception as error:  # noqa: BLE001  (raised again by the thread that waits for it)

@@ -54,6 +54,11 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
     receiver.close()
 
 
+def test_a_model_that_is_not_in_cpu_memory_is_refused():
+    with pytest.raises(WeightSyncError, match="CPU memory only; the model is on meta"):
+        LiveModel(torch.nn.Linear(2, 2, device="meta"), pause=print, run=print, resume=print)
+
+
 def test_tensors_are_found_in_the_parameters_that_hold_their_parts():
     """Rows of `q` and `k` that take turns in one parameter, as in a trainer's."""
     fused, other = torch.arange(48).bfloat16().view(2, 3, 8), torch.zeros(5)
