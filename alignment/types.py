@@ -42,12 +42,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class WeightSpan:
+    """Tokens [start, end) of a response were sampled with the weights of ``version``."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Generation:
     """What the engine returned for one request, token by token, as decoded.
 
     ``logprobs`` (fp32 [n]): log-probability under the sampled distribution (temperature, top-p, top-k renormalised);
     ``raw_logprobs`` (fp32 [n]): the same at temperature 1 without filters. ``routed_experts``: the routing record
     (see `routing_replay`) of prompt and response without its last token, where the engine captures experts.
+    ``weight_version``: that of the last token; ``weight_spans``: those of all tokens, in order, where the weights
+    changed on the way. ``finish_reason``: stop, length, or abort for one that new weights ended.
     """
 
     output_ids: tuple[int, ...]
@@ -57,6 +68,12 @@ class Generation:
     weight_version: str
     cached_tokens: int = 0
     routed_experts: np.ndarray | None = None
+    weight_spans: tuple[WeightSpan, ...] = ()
+
+    @property
+    def weight_versions(self) -> set[str]:
+        """Every version that sampled a token of this response."""
+        return {span.version for span in self.weight_spans} or {self.weight_version}
 
 
 Turn = tuple[Request, Generation]

@@ -32,7 +32,7 @@ class _Idle:
     def __init__(self) -> None:
         self.paused_s = self._since = 0.0
 
-    def pause(self) -> None:
+    def pause(self, in_flight: str) -> None:  # noqa: ARG002
         self._since = time.perf_counter()
 
     def install(self, version: str, buffers: Buffers) -> None: ...

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from zerokl.alignment.architectures import Architecture
-from zerokl.alignment.sglang.config import EngineConfig
+from zerokl.alignment.sglang.config import EngineConfig, Transfer
 from zerokl.orchestrate.cluster import Waiting, wait
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.errors import RunError
 from zerokl.orchestrate.preflight import Prepared
+from zerokl.orchestrate.weights import Meeting
 
 _CLOSE_TIMEOUT_S = 30.0
 
@@ -28,7 +29,12 @@ def claimed(config: Config) -> int:
 
 
 def engine_config(
-    config: Config, model: Path, *, architecture: Architecture | None = None, stock: bool = False
+    config: Config,
+    model: Path,
+    *,
+    architecture: Architecture | None = None,
+    stock: bool = False,
+    transfer: Transfer | None = None,
 ) -> EngineConfig:
     """The rollout table as the engine's own configuration."""
     rollout = config.rollout
@@ -44,6 +50,7 @@ def engine_config(
         segments=1 if stock else config.model.segments,
         tensor_parallel=1 if stock else rollout.tensor_parallel,
         threads=cores(rollout.threads),
+        transfer=transfer,
     )
 
 
@@ -75,11 +82,24 @@ class Actors:
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
         self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
-        engine = engine_config(config, model, architecture=architecture, stock=stock)
+        meeting = None  # the control's weights stay as they are
+        if not stock:
+            meeting = Meeting.in_folder(
+                places.scratch, transport=config.weightsync.transport, receivers=config.rollout.tensor_parallel
+            )
+        transfer = None if meeting is None else meeting.transfer()
+        engine = engine_config(config, model, architecture=architecture, stock=stock, transfer=transfer)
         started = (
             self.rollout.start.remote(engine, rollout_log, places.scratch, timeout),
             self.trainer.start.remote(
-                model, train, trainer_log, architecture=architecture, segments=config.model.segments, stock=stock
+                model,
+                train,
+                trainer_log,
+                architecture=architecture,
+                segments=config.model.segments,
+                stock=stock,
+                meeting=meeting,
+                engine_ranks=engine.tensor_parallel,
             ),
         )
         self.manifests: dict[str, Any] = {}

@@ -47,6 +47,11 @@ class Fault(enum.StrEnum):
     replay_shift = "replay-shift"
 
 
+class SyncFaults(enum.StrEnum):
+    none = "none"
+    random = "random"
+
+
 class Side(enum.StrEnum):
     rollout = "rollout"
     trainer = "trainer"
@@ -76,6 +81,10 @@ def verify(
     segments: Annotated[int, typer.Option(help="Cut row-parallel products so, in both engines: 1, 2, 4, 8.")] = 1,
     rollout_tensor_parallel: Annotated[int, typer.Option(help="Ranks that share SGLang's model: 1, 2, 4, 8.")] = 1,
     inject: Annotated[Fault | None, typer.Option(help="Plant one fault, which must be found.")] = None,
+    syncs: Annotated[int, typer.Option(min=0, help="Before: train a step and send the weights, so often.")] = 0,
+    faults: Annotated[SyncFaults, typer.Option(help="Faults during these transfers, drawn from the seed.")] = (
+        SyncFaults.none
+    ),
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Sample with SGLang, score with Megatron-Core, compare every log-probability as bits."""
@@ -97,6 +106,8 @@ def verify(
         segments=segments,
         rollout_tensor_parallel=rollout_tensor_parallel,
         inject=inject.value if inject else None,
+        syncs=syncs,
+        sync_faults=faults is SyncFaults.random,
     )
     result = command.run(settings, say=_say)
     if json is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from zerokl.orchestrate.errors import RunError, UserError
+from zerokl.orchestrate.errors import EngineLost, RunError, SyncFailed, UserError
 
 _POLL_S = 0.25
 _OBJECT_STORE_BYTES = 128 << 20  # samples and log-probabilities only; weights go through weightsync
@@ -71,8 +71,8 @@ def cluster(folder: Path, *, cpus: int) -> Iterator[Path]:
 def wait(reference: Any, what: str, *, timeout_s: float, waiting: Waiting, logs: Path) -> Any:
     """The value of a Ray reference. `waiting(what, seconds)` is called while it is not there.
 
-    Raises RunError naming `what` when the deadline passes, the actor dies or the call raises; a UserError raised by
-    the call passes through.
+    Raises RunError naming `what` when the deadline passes, the actor dies or the call raises; a UserError, EngineLost
+    or SyncFailed raised by the call passes through.
     """
     import ray
 
@@ -86,7 +86,7 @@ def wait(reference: Any, what: str, *, timeout_s: float, waiting: Waiting, logs:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | EngineLost | SyncFailed):
             raise cause from None
         raise RunError(f"{what} failed: {type(cause).__name__}: {cause}; see {logs}") from error
     except ray.exceptions.RayActorError as error:

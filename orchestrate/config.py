@@ -156,6 +156,15 @@ class RewardTable(Table):
     timeout_s: float = Field(default=60.0, gt=0, description="for one step's responses together")
 
 
+class WeightsyncTable(Table):
+    """How new weights reach the engine (see `weightsync`), and what becomes of requests under way when they come."""
+
+    transport: Literal["ipc", "disk", "rdma", "collective"] = "ipc"
+    in_flight: Literal["abort", "retract", "continue"] = Field(
+        default="abort", description="between the steps of a synchronous loop there are none"
+    )
+
+
 class ControlTable(Table):
     """The first step once more with the engines' own kernels, after training: what the difference would have been."""
 
@@ -188,6 +197,7 @@ class Config(Table):
     rollout: RolloutTable = RolloutTable()
     algorithm: AlgorithmTable = AlgorithmTable()
     correction: CorrectionTable = CorrectionTable()
+    weightsync: WeightsyncTable = WeightsyncTable()
     control: ControlTable = ControlTable()
     run: RunTable = RunTable()
 

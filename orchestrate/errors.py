@@ -1,4 +1,4 @@
-"""The two ways a command can end badly, each turned into an exit code in one place (`cli.main`)."""
+"""The ways a command can end badly, each turned into an exit code in one place (`cli.main`)."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that started and could not finish: a dead engine, a deadline passed, unequal digests. Exit code 1."""
+
+
+class EngineLost(RunError):
+    """The rollout engine died. Another one can take its place."""
+
+
+class SyncFailed(RunError):
+    """New weights did not reach the engine; it serves those from before, or none. It may be tried again."""

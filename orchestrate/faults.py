@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,8 +40,10 @@ def check(fault: Fault | None, config: ModelConfig, replay: Mode, *, stock: bool
         raise UserError("--inject replay-shift: nothing is replayed", "add --replay on or --replay check")
 
 
-def plant(fault: Fault | None, engine: RolloutEngine, policy: MegatronPolicy) -> None:
-    """Faults that are there before the first token is sampled."""
+def plant(
+    fault: Fault | None, engine: RolloutEngine, policy: MegatronPolicy, sync: Callable[[], object] | None = None
+) -> None:
+    """Faults that are there before the first token is sampled; ``sync`` gives the engine the policy's weights."""
     if fault == "weight-bit":
         # the lowest mantissa bit of one element: the smallest fault a transfer could leave
         name, _, _ = min(engine.weights_digest(timeout_s=_TIMEOUT_S)).partition("@")
@@ -50,7 +52,9 @@ def plant(fault: Fault | None, engine: RolloutEngine, policy: MegatronPolicy) ->
         from zerokl.alignment.megatron import moe_faults
 
         if fault == "tie-break":
-            _make_ties(engine, policy)
+            assert sync is not None, "tie-break changes weights of both sides"
+            _make_ties(policy)
+            sync()
         moe_faults.plant(policy.model, fault)
     if fault == "stale-bias":
         for bias in _router_tensors(policy, "expert_bias"):
@@ -78,13 +82,10 @@ def damage_scores(fault: Fault | None, scored: list[np.ndarray]) -> None:
     scored[where] = values
 
 
-def _make_ties(engine: RolloutEngine, policy: MegatronPolicy) -> None:
-    """Experts 0 and 1 get equal scores on both sides: real weights have no ties to break."""
-    from zerokl.weightsync.push import push
-
+def _make_ties(policy: MegatronPolicy) -> None:
+    """Experts 0 and 1 get equal scores: real weights have no ties to break."""
     for tensor in (*_router_tensors(policy, "weight"), *_router_tensors(policy, "expert_bias")):
         tensor[1].copy_(tensor[0])
-    push(policy.named_weights(), engine, version="ties", timeout_s=_TIMEOUT_S)
 
 
 def _router_tensors(policy: MegatronPolicy, name: str) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Synchronous GRPO: sample, reward, train, push the weights, record; a thin driver around two actors."""
+"""Synchronous GRPO: sample, reward, train, sync the weights, record; a thin driver around two actors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from zerokl.alignment.mismatch import gap
+from zerokl.alignment.types import Generation, Request
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import control, report, rewards
 from zerokl.orchestrate.actors import Actors, Places, claimed
 from zerokl.orchestrate.algorithms import grpo
 from zerokl.orchestrate.cluster import cluster
-from zerokl.orchestrate.errors import RunError
+from zerokl.orchestrate.errors import EngineLost, RunError, SyncFailed
 from zerokl.orchestrate.interrupt import StopRequest
 from zerokl.orchestrate.metrics import MetricsFile, StepMetrics, TensorBoard, read
 from zerokl.orchestrate.preflight import Prepared
@@ -27,7 +28,10 @@ from zerokl.orchestrate.progress import Progress
 from zerokl.orchestrate.run_folder import Checkpoint, RunFolder, locate
 from zerokl.orchestrate.samples import Sample, plan
 from zerokl.orchestrate.trainer import TrainReport
-from zerokl.weightsync.push import SyncReport
+from zerokl.orchestrate.weights import SyncReport
+
+_LIVES = 3
+"""How often a step's rollout, or its sync, is tried before the run ends."""
 
 
 def train(prepared: Prepared, *, resume: bool) -> bool:
@@ -118,7 +122,11 @@ class Driver:
             self.progress.note(f"resuming after step {checkpoint.step}")
         else:
             actors.check_digests(actors.digests["engine"], actors.digests["trainer"], "after loading the model")
-        self._sync(checkpoint.step if checkpoint else 0)
+        first = self._sync(checkpoint.step if checkpoint else 0)
+        self.progress.note(
+            f"weights: {first.bytes / 1e6:.1f} MB by {first.transport}, copied {first.copied_bytes / first.bytes:.2f} "
+            f"times in all, {first.copied_by_engines} bytes by the engine"
+        )
 
     def step(self, number: int) -> StepMetrics:
         """One step: returns its metrics; the weights of both sides are equal again when it returns."""
@@ -139,6 +147,11 @@ class Driver:
             differing_routes=result.differing_routes,
             step_s=step_s,
             sync_bytes=synced.bytes,
+            sync_copied_bytes=synced.copied_bytes,
+            sync_engine_copied_bytes=synced.copied_by_engines,
+            sync_gb_per_s=synced.gb_per_s,
+            sync_pause_ms=synced.paused_s * 1e3,
+            sync_transport=synced.transport,
             tokens_per_s=sum(len(s.generation.output_ids) for s in samples) / step_s,
             weight_version=self.version,
             rollout_s=rollout_s,
@@ -168,13 +181,8 @@ class Driver:
     def _sample(self, number: int) -> tuple[list[Sample], rewards.Scores, float, float]:
         """The step's samples with their advantages (NaN: dropped), the scores, and seconds of rollout and reward."""
         tasks, requests = plan(self.config, self.prepared.source, self.prepared.tokenizer, number)
-        timeout = self.config.run.step_timeout_s
-        generations, rollout_s = _timed(
-            lambda: self.actors.wait(
-                self.actors.rollout.generate.remote(requests, timeout), f"rollouts of step {number}"
-            )
-        )
-        stale = {g.weight_version for g in generations} - {self.version}
+        generations, rollout_s = _timed(lambda: self._generate(requests, f"rollouts of step {number}"))
+        stale = set().union(*(g.weight_versions for g in generations)) - {self.version}
         if stale:
             raise RunError(f"step {number}: sampled with weights {sorted(stale)}, expected version {self.version}")
         texts = [self.prepared.tokenizer.decode(g.output_ids) for g in generations]
@@ -188,6 +196,19 @@ class Driver:
         samples = [Sample(*item) for item in zip(tasks, requests, generations, flat, strict=True)]
         return samples, scores, rollout_s, reward_s
 
+    def _generate(self, requests: list[Request], what: str) -> list[Generation]:
+        """The responses. An engine that dies is replaced: another one samples the same tokens."""
+        for life in range(1, _LIVES + 1):
+            call = self.actors.rollout.generate.remote(requests, self.config.run.step_timeout_s)
+            try:
+                return self.actors.wait(call, what)
+            except EngineLost as lost:
+                if life == _LIVES:
+                    raise
+                self.progress.note(f"{str(lost).splitlines()[0]}; starting another one")
+                self._sync(int(self.version))
+        raise AssertionError("unreachable")
+
     def _train(self, number: int, samples: list[Sample], learning_rate: float) -> TrainReport:
         bare = [dataclasses.replace(sample, task=None) for sample in samples]  # the trainer needs no task
         call = self.actors.trainer.step.remote(
@@ -196,10 +217,18 @@ class Driver:
         return self.actors.wait(call, f"training of step {number}")
 
     def _sync(self, number: int) -> SyncReport:
-        """Push the trainer's weights into the engine; both sides' digests are compared."""
+        """Give the engine the trainer's weights; before that, another engine if it died."""
         actors, self.version = self.actors, str(number)
-        call = actors.trainer.push.remote(actors.rollout, self.version, self.config.run.step_timeout_s)
-        return actors.wait(call, f"the weights of step {number} to reach the engine")
+        what = f"the weights of step {number} to reach the engine"
+        for attempt in range(1, _LIVES + 1):
+            actors.wait(actors.rollout.revive.remote(), "the engine to answer", self.config.run.start_timeout_s)
+            try:
+                return actors.wait(actors.trainer.sync.remote(self.version, self.config.weightsync.in_flight), what)
+            except SyncFailed as failure:
+                if attempt == _LIVES:
+                    raise
+                self.progress.note(f"{failure}; trying again")
+        raise AssertionError("unreachable")
 
     def _learning_rate(self, number: int) -> float:
         warmup = self.config.train.warmup_steps

@@ -54,6 +54,11 @@ class StepMetrics:
     sync_s: float
     step_s: float
     sync_bytes: int
+    sync_copied_bytes: int
+    sync_engine_copied_bytes: int
+    sync_gb_per_s: float
+    sync_pause_ms: float
+    sync_transport: str
     tokens_per_s: float
     weight_version: str
     correction: Diagnostics | None = None

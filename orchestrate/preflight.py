@@ -97,15 +97,15 @@ def _check_routing(config: Config, model: ModelConfig) -> None:
 
 
 def _check_layout(config: Config, model: ModelConfig) -> None:
-    if config.rollout.tensor_parallel > 1:
-        raise UserError(
-            f"rollout.tensor_parallel = {config.rollout.tensor_parallel}: weights are pushed to one rank only",
-            "set it to 1; zerokl verify takes --rollout-tensor-parallel",
-        )
+    segments, ranks = config.model.segments, config.rollout.tensor_parallel
     try:
-        Layout(segments=config.model.segments).check(model)
+        Layout(segments=segments).check(model)
+        Layout(tensor=ranks, segments=segments).check(model)
     except LayoutError as error:
-        raise UserError(f"model.segments = {config.model.segments}: {error}", "choose a smaller one") from error
+        raise UserError(
+            f"model.segments = {segments}, rollout.tensor_parallel = {ranks}: {error}",
+            "segments: a multiple of the ranks by which the model's sizes divide",
+        ) from error
 
 
 def _absolute(config: Config, base: Path) -> Config:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zerokl.orchestrate.errors import EngineLost
 from zerokl.orchestrate.logs import redirect_output
 
 if TYPE_CHECKING:
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from zerokl.alignment.types import Generation, Request
 
 _DIGEST_TIMEOUT_S = 60.0
+_PING_S = 15.0
 
 
 class Rollout:
     """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
 
     engine: RolloutEngine
+    start_timeout_s: float
 
     def start(
         self, config: EngineConfig, log: Path, scratch: Path, start_timeout_s: float
@@ -33,16 +36,33 @@ class Rollout:
         tempfile.tempdir = str(scratch)
         from zerokl.alignment.sglang.engine import RolloutEngine
 
+        self.start_timeout_s = start_timeout_s
         self.engine = RolloutEngine(config, start_timeout_s=start_timeout_s)
         return self.engine.manifest(), self.engine.weights_digest(timeout_s=_DIGEST_TIMEOUT_S)
 
     def generate(self, requests: Sequence[Request], timeout_s: float) -> list[Generation]:
-        """One generation per request, in order."""
-        return self.engine.generate(requests, timeout_s=timeout_s)
+        """One generation per request, in order. Raises EngineLost if the engine died; `revive` starts another."""
+        from zerokl.alignment.sglang.errors import EngineDied
 
-    def load_weights(self, manifest: str, version: str, timeout_s: float) -> dict[str, str]:
-        """Load published weights; returns the digests of the engine's live parameters."""
-        return self.engine.load_weights(manifest, version=version, timeout_s=timeout_s)
+        try:
+            return self.engine.generate(requests, timeout_s=timeout_s)
+        except EngineDied as error:
+            raise EngineLost(str(error)) from error
+
+    def revive(self) -> bool:
+        """Start a new engine if this one no longer answers; returns whether that was so. It has no weights yet."""
+        from zerokl.alignment.sglang.engine import RolloutEngine
+        from zerokl.alignment.sglang.errors import EngineError
+
+        try:
+            self.engine.serving(timeout_s=_PING_S)
+        except (EngineError, TimeoutError) as error:
+            if self.engine.alive:  # it refused, which another one would do too
+                raise
+            print(f"starting another engine: {error}", flush=True)
+            self.engine = RolloutEngine(self.engine.config, start_timeout_s=self.start_timeout_s)
+            return True
+        return False
 
     def close(self) -> None:
         """Stop the engine's process and wait for it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zerokl.orchestrate.errors import SyncFailed
 from zerokl.orchestrate.logs import redirect_output
 from zerokl.orchestrate.samples import Sample, microbatches
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from zerokl.alignment.correction import Corrected, Correction, Diagnostics
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
-    from zerokl.weightsync.push import SyncReport
+    from zerokl.orchestrate.weights import Meeting, SyncReport, WeightLink
+    from zerokl.weightsync.messages import InFlight
+
+_JOIN_S = 20.0  # for a running engine; its receiving end connects when its scheduler starts
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Trainer:
 
     policy: MegatronPolicy
     train: TrainTable
+    link: WeightLink
 
     def start(
         self,
@@ -50,10 +55,13 @@ class Trainer:
         architecture: Architecture | None = None,
         segments: int = 1,
         stock: bool,
+        meeting: Meeting | None,
+        engine_ranks: int = 1,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Load the model; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
 
-        `stock`: Megatron's own layers and no optimizer, for the control.
+        `stock`: Megatron's own layers and no optimizer, for the control. `meeting`: where the engine waits for weights.
+        `engine_ranks`: the digest is of the parts that its ranks hold.
         """
         redirect_output(log)
         from zerokl.alignment.megatron.layout import Layout
@@ -70,7 +78,12 @@ class Trainer:
             layout=Layout(segments=1 if stock else segments),
         )
         self.train = train
-        return self.policy.manifest(), self.policy.weights_digest()
+        if meeting is not None:
+            from zerokl.orchestrate.weights import WeightLink
+            from zerokl.weightsync.live_model import block_layout
+
+            self.link = WeightLink(meeting, *block_layout(*self.policy.weight_blocks()))
+        return self.policy.manifest(), self.policy.weights_digest(engine_ranks)
 
     def step(
         self,
@@ -127,11 +140,16 @@ class Trainer:
 
         return score(self.policy, *_pairs(samples))
 
-    def push(self, rollout: Any, version: str, timeout_s: float) -> SyncReport:
-        """Put the current weights into the engine of the `rollout` actor; both sides' digests are compared."""
-        from zerokl.weightsync.push import push
+    def sync(self, version: str, in_flight: InFlight) -> SyncReport:
+        """Put the current weights into the engine; `in_flight`: what becomes of requests under way.
 
-        return push(self.policy.named_weights(), _Remote(rollout), version=version, timeout_s=timeout_s)
+        Raises SyncFailed, with the cause, if they did not get there."""
+        from zerokl.weightsync.errors import WeightSyncError
+
+        try:
+            return self.link.sync(version, timeout_s=_JOIN_S, in_flight=in_flight)
+        except (WeightSyncError, TimeoutError) as error:
+            raise SyncFailed(str(error)) from error
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write a policy checkpoint; returns the digest of the weights in it."""
@@ -146,21 +164,6 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the current weights as a Hugging Face folder."""
         self.policy.export_hf(folder)
-
-
-class _Remote:
-    """The rollout actor's engine, as `weightsync.push` sees an engine. Only the manifest travels through Ray."""
-
-    def __init__(self, rollout: Any) -> None:
-        self._rollout = rollout
-
-    def load_weights(self, manifest: str, *, version: str, timeout_s: float) -> dict[str, str]:
-        import ray
-
-        try:
-            return ray.get(self._rollout.load_weights.remote(manifest, version, timeout_s), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise TimeoutError(f"waited {timeout_s:g} s for the engine to load weights {version!r}") from error
 
 
 def _optimizer(train: TrainTable) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import math
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from zerokl.alignment.routing_replay import Mode
 from zerokl.alignment.sglang.errors import EngineError, HookError, UnsupportedError
 from zerokl.alignment.types import Request, SamplingParams
 from zerokl.alignment.verify import Mismatch, compare
-from zerokl.orchestrate import builtin_prompts, faults, manifest, models
+from zerokl.orchestrate import builtin_prompts, faults, manifest, models, sync_runs
 from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.callables import load_architecture
 from zerokl.orchestrate.data import Task, read_jsonl
@@ -25,6 +28,8 @@ from zerokl.orchestrate.errors import RunError, UserError
 from zerokl.orchestrate.samples import sampling_seed
 from zerokl.orchestrate.scoring import score
 from zerokl.orchestrate.tokens import Tokenizer
+from zerokl.orchestrate.weights import Meeting, WeightLink
+from zerokl.weightsync.live_model import block_layout
 
 if TYPE_CHECKING:
     from zerokl.alignment.architectures import Architecture
@@ -41,7 +46,8 @@ _EXTREMES = 3  # printed; the JSON file holds more
 class Settings:
     """The command's options; ``architecture``: the name of one the package does not know, ``stock``: the engines' own
     kernels, ``replay``: see `alignment.routing_replay`, ``segments``: of contract R2, in both engines,
-    ``rollout_tensor_parallel``: ranks of the rollout engine, ``inject``: one planted fault."""
+    ``rollout_tensor_parallel``: ranks of the rollout engine, ``inject``: one planted fault, ``syncs``: how often the
+    policy is trained and sent to the engine before (`sync_runs`), with ``sync_faults``."""
 
     model: str
     architecture: str | None = None
@@ -55,6 +61,8 @@ class Settings:
     segments: int = 1
     rollout_tensor_parallel: int = 1
     inject: faults.Fault | None = None
+    syncs: int = 0
+    sync_faults: bool = False
 
 
 def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,12 +82,27 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     architecture = load_architecture(settings.architecture, Path.cwd()) if settings.architecture else None
     folder, requests = make_requests(settings, architecture=architecture)
     say(f"{folder.name}: {len(requests)} prompts, {sum(len(r.input_ids) for r in requests)} prompt tokens")
-    engine, policy = start(
-        folder, requests, architecture, stock=settings.stock, replay=settings.replay,
-        segments=settings.segments, tensor_parallel=settings.rollout_tensor_parallel,
-    )  # fmt: skip
-    with engine:
-        faults.plant(settings.inject, engine, policy)
+    with contextlib.ExitStack() as stack:
+        meeting = None
+        if settings.syncs or settings.inject == "tie-break":  # the one fault that changes the weights of both sides
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zerokl-")))
+            meeting = Meeting.in_folder(scratch, receivers=settings.rollout_tensor_parallel)
+        engine, policy = start(
+            folder, requests, architecture, stock=settings.stock, replay=settings.replay, segments=settings.segments,
+            tensor_parallel=settings.rollout_tensor_parallel, meeting=meeting, trained=settings.syncs > 0,
+        )  # fmt: skip
+        sync, rounds = None, []
+        if settings.syncs:
+            assert meeting is not None
+            runs = stack.enter_context(sync_runs.SyncRuns(meeting, engine, policy, requests))
+            rounds = sync_runs.run(runs, settings.syncs, settings.seed, faults=settings.sync_faults, say=say)
+            engine = runs.engine  # it may be another one by now
+        else:
+            stack.enter_context(engine)
+        if meeting is not None and not settings.syncs:
+            link = stack.enter_context(connect(meeting, policy))
+            sync = functools.partial(link.sync, "ties", timeout_s=START_TIMEOUT_S)
+        faults.plant(settings.inject, engine, policy, sync)
         generations = engine.generate(requests, timeout_s=GENERATE_TIMEOUT_S)
         theirs = policy.weights_digest(settings.rollout_tensor_parallel)
         digests = engine.weights_digest(timeout_s=START_TIMEOUT_S), theirs
@@ -93,7 +116,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     faults.damage_scores(settings.inject, scored)
     found = compare(generations, scored)
     engine_digest, trainer_digest = (_one_digest(side) for side in digests)
-    equal = found.equal and engine_digest == trainer_digest and differing == 0
+    equal = found.equal and engine_digest == trainer_digest and differing == 0 and all(row.ok for row in rounds)
     return {
         "equal": equal,
         **found.to_json(),
@@ -101,6 +124,7 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         "routing": {"replay": settings.replay, "differing_tokens": differing if settings.replay == "check" else None},
         "weights_digest": {"engine": engine_digest, "trainer": trainer_digest},
         "trace": None if equal or settings.stock else trace_command(settings, found.first_mismatch),
+        "syncs": sync_runs.to_json(rounds),
         "requests": len(requests),
         "longest_prompt": max(len(r.input_ids) for r in requests),
         "cached_tokens": sum(g.cached_tokens for g in generations),
@@ -120,6 +144,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"KL k1, k2, k3     {kl['k1']}, {kl['k2']}, {kl['k3']}",
         f"weights           engine {result['weights_digest']['engine']}, trainer {result['weights_digest']['trainer']}",
     ]
+    if result["syncs"]:
+        bad = [row["number"] for row in result["syncs"] if not row["ok"]]
+        out.append(
+            f"weight transfers  {len(result['syncs'])} rounds, " + (f"NOT ALL WELL: {bad}" if bad else "all well")
+        )
     if result["routing"]["differing_tokens"] is not None:
         out.append(f"routed otherwise  {result['routing']['differing_tokens']} tokens")
     if result["gap"]:
@@ -179,6 +208,10 @@ def make_requests(
     ranks = settings.rollout_tensor_parallel
     faults.check(settings.inject, config, settings.replay, stock=settings.stock, ranks=ranks)
     tokenizer = Tokenizer(folder, config.vocab_size)
+    if settings.syncs and settings.stock:
+        raise UserError("--syncs: stock engines take no new weights", "leave out --control stock")
+    if settings.sync_faults and not settings.syncs:
+        raise UserError("--faults: there is no transfer to fail", "add --syncs N")
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
         raise UserError(
@@ -226,10 +259,16 @@ def start(
     trace: bool = False,
     segments: int = 1,
     tensor_parallel: int = 1,
+    meeting: Meeting | None = None,
+    trained: bool = False,
 ) -> tuple[RolloutEngine, MegatronPolicy]:
-    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record,
-    ``tensor_parallel``: ranks of the engine; ``segments``: of both."""
+    """The engine (a child process) and the policy (here), started side by side; ``trace``: ready to record.
+
+    ``tensor_parallel``: ranks of the engine; ``segments``: of both. ``meeting``: the engine waits for its weights there
+    (`connect`) and samples nothing before. ``trained``: the policy can take optimizer steps.
+    """
     from zerokl.alignment.megatron.layout import Layout
+    from zerokl.alignment.megatron.optimizer import OptimizerSettings
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.alignment.sglang.engine import EngineConfig, RolloutEngine
 
@@ -247,19 +286,31 @@ def start(
         segments=segments,
         tensor_parallel=tensor_parallel,
         threads=cores(None),
+        transfer=None if meeting is None else meeting.transfer(),
     )
+    optimizer = OptimizerSettings(learning_rate=1e-4)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(RolloutEngine, config, start_timeout_s=START_TIMEOUT_S)
         try:
             policy = MegatronPolicy(
-                folder, architecture=architecture, stock=stock, replay=replay, threads=cores(None),
+                folder,
+                architecture=architecture,
+                optimizer=optimizer if trained else None,
+                stock=stock,
+                replay=replay,
+                threads=cores(None),
                 layout=Layout(segments=segments),
-            )  # fmt: skip
+            )
         except BaseException:
             if starting.exception() is None:
                 starting.result().close()
             raise
         return starting.result(), policy
+
+
+def connect(meeting: Meeting, policy: MegatronPolicy) -> WeightLink:
+    """The policy's side of the transfers to the engine of ``meeting``."""
+    return WeightLink(meeting, *block_layout(*policy.weight_blocks()))
 
 
 def _one_digest(side: dict[str, str]) -> str:

@@ -1,24 +1,21 @@
 """Weights from the trainer into the rollout engine, checked byte for byte."""
 
 from zerokl.weightsync.channel import WeightSender
-from zerokl.weightsync.digest import combined, tensor_digest
+from zerokl.weightsync.digest import tensor_digest
 from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.live_model import LiveModel, block_layout, named_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
-from zerokl.weightsync.push import Engine, SyncReport, push
-from zerokl.weightsync.shared import Manifest, TensorEntry, open_shared, publish
+from zerokl.weightsync.protocol import Deadlines, Outcome
 
 __all__ = [
-    "Engine",
-    "Manifest",
-    "SyncReport",
-    "TensorEntry",
+    "Deadlines",
+    "LiveModel",
+    "Outcome",
     "WeightReceiver",
     "WeightSender",
     "WeightSource",
     "WeightSyncError",
-    "combined",
-    "open_shared",
-    "publish",
-    "push",
+    "block_layout",
+    "named_layout",
     "tensor_digest",
 ]

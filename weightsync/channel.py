@@ -68,11 +68,12 @@ class WeightSender:
             except queue.Empty:
                 raise TimeoutError(f"waited {timeout_s:g} s for {', '.join(self.missing)} to connect") from None
 
-    def sync(self, version: str) -> Outcome:
+    def sync(self, version: str, *, in_flight: m.InFlight = "abort", deadlines: Deadlines | None = None) -> Outcome:
         """Give every receiver this version, or leave every receiver as it is; never anything in between.
+        ``in_flight``: what becomes of requests under way; ``deadlines``: others than usual, for this transfer.
 
         Returns how it ended: look at ``committed`` and ``cause``. Raises WeightSyncError, before anything starts, if a
-        participant is not connected or the layouts do not fit together.
+        participant is not connected, the layouts do not fit together, or a transfer is under way.
         """
         if self._coordinator is not None:
             self._coordinator.check_idle(version)  # before anything is taken from the other transfer's inbox
@@ -81,7 +82,8 @@ class WeightSender:
         if self.missing:
             raise WeightSyncError(f"{', '.join(self.missing)} not connected: no version is sent to the others alone")
         coordinator = self._plan()
-        self._send(coordinator, coordinator.begin(secrets.token_bytes(16), version, time.monotonic()))
+        coordinator.deadlines = deadlines or self._deadlines
+        self._send(coordinator, coordinator.begin(secrets.token_bytes(16), version, time.monotonic(), in_flight))
         phase = Phase.IDLE
         while coordinator.phase is not Phase.IDLE:
             if coordinator.phase is not phase:

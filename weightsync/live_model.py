@@ -1,17 +1,19 @@
 """Models of this process as ends of a transfer: what `WeightSource` and `WeightReceiver` need of them.
 
-layout, buffers = named_layout(dict(policy.named_weights()))   # the trainer's side, whole tensors
-engine = LiveModel(model, pause=..., flush=..., resume=...)    # the engine's side, fused parameters
+layout, buffers = block_layout(*policy.weight_blocks())        # the trainer's side: its own parameters
+engine = LiveModel(model, pause=..., run=..., resume=...)      # the engine's side: fused parameters
 WeightReceiver(address, token, engine.layout, 0, IpcTarget(), engine)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from zerokl.weightsync.layout import Layout, Piece, Rank, RankBuilder, Tensor, full
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.layout import Box, Layout, Piece, Rank, Tensor, full
+from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.sglang_loader import live_parts
 from zerokl.weightsync.transports.base import Buffers
 
@@ -21,54 +23,82 @@ def named_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str,
 
     Buffers of contiguous CPU tensors are views, others are copies.
     """
-    described = {name: _describe(name, tensor) for name, tensor in tensors.items()}
-    built = RankBuilder(described)
-    for name in described:
-        built.whole(name, name)
-    return Layout(tuple(described.values()), (built.build(),)), {n: as_bytes(t) for n, t in tensors.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return block_layout(whole, {name: (tensor,) for name, tensor in whole.items()})
+
+
+def block_layout(
+    parameters: Mapping[str, torch.Tensor], blocks: Mapping[str, Sequence[torch.Tensor]]
+) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """One rank whose memory are ``parameters`` (contiguous, on the CPU), and in it the Hugging Face tensors: each as
+    views that follow one another by rows. Returns its layout, and its buffers, which are views.
+
+    Raises WeightSyncError for a block that is no contiguous part of a parameter.
+    """
+    described, pieces = [], []
+    for name, parts in blocks.items():
+        rows = sum(len(part) for part in parts)
+        tensor = Tensor(name, (rows, *parts[0].shape[1:]), _dtype(parts[0]))
+        described.append(tensor)
+        top = 0
+        for part in parts:
+            owner = _owner(name, part, parameters)
+            offset = part.data_ptr() - parameters[owner].data_ptr()
+            box = Box(top, top + len(part), 0, tensor.columns)
+            pieces.append(Piece(name, box, owner, offset, tensor.columns * tensor.item_bytes))
+            top += len(part)
+    buffers = {name: as_bytes(parameter) for name, parameter in parameters.items()}
+    rank = Rank({name: buffer.numel() for name, buffer in buffers.items()}, tuple(pieces))
+    return Layout(tuple(described), (rank,)), buffers
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, uint8 [n]: a view if it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    """The tensor's bytes, uint8 [n], as a view. Raises WeightSyncError unless it is contiguous and on the CPU."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise WeightSyncError(f"need a contiguous CPU tensor, got {tuple(tensor.shape)} on {tensor.device}")
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
 class LiveModel:
-    """An `Engine` that swaps the memory under a model's parameters; nothing is copied.
+    """An `Engine` that swaps the memory under a model's parameters; nothing is copied. Raises WeightSyncError for
+    parameters that are not in CPU memory.
 
-    ``pause`` and ``resume`` stop and start the answering of requests; ``flush`` drops what was cached under other
-    weights.
+    ``pause`` and ``resume`` stop and start the answering of requests; ``run`` calls what it is given where no step of
+    the engine runs, with whatever the engine needs before and after a change of its weights.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
-        pause: Callable[[], None],
-        flush: Callable[[], None],
+        pause: Callable[[InFlight], None],
+        run: Callable[[Callable[[], None]], None],
         resume: Callable[[str], None],
     ) -> None:
         self._parameters = dict(model.named_parameters())  # lists a shared parameter once
         self._first = {name: parameter.data for name, parameter in self._parameters.items()}
-        self.pause, self._flush, self._resume = pause, flush, resume
+        elsewhere = sorted({str(parameter.device) for parameter in self._first.values()} - {"cpu"})
+        if elsewhere:
+            raise WeightSyncError(f"weights are received into CPU memory only; the model is on {', '.join(elsewhere)}")
+        self.pause, self._run, self._resume = pause, run, resume
         self.layout = _live_layout(model, self._parameters)
 
     def install(self, version: str, buffers: Buffers) -> None:  # noqa: ARG002
-        for name, parameter in self._parameters.items():
-            parameter.data = buffers[name].view(parameter.dtype).view(parameter.shape)
-        self._flush()
+        self._run(lambda: self._swap(buffers))
 
     def restore(self, version: str | None, buffers: Buffers) -> None:
         if version is not None:
             self.install(version, buffers)
-            return
-        for name, parameter in self._parameters.items():  # no version yet: what the model was loaded with
-            parameter.data = self._first[name]
-        self._flush()
+        elif self._first:  # no version yet: what the model was loaded with
+            self._run(lambda: self._swap(self._first))
 
     def resume(self, version: str) -> None:
         self._first = {}  # never asked for again once a version is live
         self._resume(version)
+
+    def _swap(self, memory: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data = memory[name].view(parameter.dtype).view(parameter.shape)
 
 
 def _live_layout(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter]) -> Layout:
@@ -76,7 +106,7 @@ def _live_layout(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Param
     tensors, pieces = [], []
     for name, parameter in parameters.items():
         for part, data in live_parts(model, name, parameter):
-            described = _describe(part, data)
+            described = Tensor(part, tuple(data.shape), _dtype(data))
             pitch = described.columns * described.item_bytes
             tensors.append(described)
             offset = data.data_ptr() - parameter.data.data_ptr()
@@ -85,5 +115,15 @@ def _live_layout(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Param
     return Layout(tuple(tensors), (Rank(sizes, tuple(pieces)),))
 
 
-def _describe(name: str, tensor: torch.Tensor) -> Tensor:
-    return Tensor(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+def _owner(name: str, part: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> str:
+    """The parameter whose memory a block lies in."""
+    start = part.data_ptr()
+    for owner, parameter in parameters.items():
+        inside = parameter.data_ptr() <= start and start + part.nbytes <= parameter.data_ptr() + parameter.nbytes
+        if inside and part.is_contiguous() and part.dtype is parameter.dtype:
+            return owner
+    raise WeightSyncError(f"a part of {name!r} of shape {tuple(part.shape)} is no contiguous run of a parameter")
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

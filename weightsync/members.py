@@ -37,10 +37,11 @@ Observer = Callable[[str], None]
 
 
 class Engine(Protocol):
-    """What a receiver does to the engine it feeds. Called from one thread."""
+    """What a receiver does to the engine it feeds. Called from one thread at a time."""
 
-    def pause(self) -> None:
-        """Answer nothing from here on: running requests are finished, retracted or aborted, as the engine does."""
+    def pause(self, in_flight: m.InFlight) -> None:
+        """Stop answering as soon as the engine can, and before `install` at the latest; ``in_flight``: what becomes of
+        requests under way."""
         ...
 
     def install(self, version: str, buffers: Buffers) -> None:
@@ -70,6 +71,8 @@ class _Member:
         self._join = m.Join(layout.tensors, self._held, transport)
         self._planned: tuple[Layout, Layout, Plan] | None = None
         self._inbox: queue.SimpleQueue[tuple[object, object]] = queue.SimpleQueue()
+        self._patience = 0.0
+        self._in_flight: m.InFlight = "abort"
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         self._running: Future[m.Message] | None = None
         self._closing = threading.Event()
@@ -151,7 +154,7 @@ class _Member:
             return
         if isinstance(order, m.Plan):
             self.job = Job(attempt, order.version, Plan((), ""), self._rank, self.machine.version)
-            self._patience = order.patience_s
+            self._patience, self._in_flight = order.patience_s, order.in_flight
         assert self.job is not None
         self.job.deadline = time.monotonic() + self._patience
         future = self._worker.submit(self._observed, effect, order)
@@ -264,6 +267,7 @@ class WeightReceiver(_Member):
         self._room = Room(self._held.buffers, in_place)
         self._arrived = Arrived({}, 0)
         self._paused = self._installed = False
+        self._paused_at = 0.0
 
     @property
     def serving(self) -> str | None:
@@ -297,9 +301,10 @@ class WeightReceiver(_Member):
                 previous, self._room.live = self._room.live, self._arrived.buffers
                 self._installed = self._paused = False
                 self._engine.resume(job.version)
+                paused_s = time.monotonic() - self._paused_at
                 del previous  # not earlier: giving back mapped memory takes long, and the engine would wait for it
                 self._transport.finish()
-                return m.Resumed(attempt)
+                return m.Resumed(attempt, paused_s)
         raise WeightSyncError(f"a receiver does not {effect}")
 
     def undo(self) -> None:
@@ -312,8 +317,8 @@ class WeightReceiver(_Member):
             self._engine.resume(self.machine.version)
 
     def _pause(self) -> None:
-        self._paused = True
-        self._engine.pause()
+        self._paused, self._paused_at = True, time.monotonic()
+        self._engine.pause(self._in_flight)
 
 
 def _read(connection: wire.Connection, inbox: queue.SimpleQueue[tuple[object, object]]) -> None:

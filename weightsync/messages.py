@@ -6,7 +6,7 @@ travel here. Sizes are capped per field and per frame.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +29,9 @@ RankNumber = Annotated[int, Meta(ge=0, lt=1 << 16)]
 Endpoint = Annotated[bytes, Meta(max_length=1 << 20)]
 """What a transport tells its peers about itself: a capability, never logged."""
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
+InFlight = Literal["abort", "retract", "continue"]
+"""What becomes of requests under way when new weights come: they end with what they have; or wait, drop their cache and
+go on under the new weights; or go on with the cache they have."""
 Count = Annotated[int, Meta(ge=0)]
 
 
@@ -78,6 +81,7 @@ class Plan(InAttempt, frozen=True):
     sender: Layout
     receiver: Layout
     patience_s: Seconds
+    in_flight: InFlight = "abort"
 
 
 class Prepare(InAttempt, frozen=True):
@@ -137,7 +141,9 @@ class Committed(InAttempt, frozen=True):
 
 
 class Resumed(InAttempt, frozen=True):
-    pass
+    """Served again, after ``paused_s`` from the order to stop (0 from a source, which served nothing)."""
+
+    paused_s: Seconds = 0.0
 
 
 class Aborted(InAttempt, frozen=True):

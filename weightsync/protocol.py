@@ -66,8 +66,19 @@ class Outcome:
     lost: dict[str, str] = field(default_factory=dict)
     quarantined: set[str] = field(default_factory=set)
     bytes: int = 0
-    copied_bytes: int = 0
+    copied: dict[str, int] = field(default_factory=dict)
+    """Bytes that each participant copied, by name."""
     seconds: dict[str, float] = field(default_factory=dict)
+    paused_s: float = 0.0
+    """The longest time an engine did not serve, from its order to stop to its first chance to serve again."""
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(self.copied.values())
+
+    @property
+    def copied_by_engines(self) -> int:
+        return sum(size for name, size in self.copied.items() if name.startswith("rollout"))
 
     @property
     def gb_per_s(self) -> float:
@@ -92,7 +103,7 @@ class Coordinator:
         """Plan the transfer. Raises LayoutError if the sides do not fit together."""
         self.plan: Plan = make_plan(sender, receiver)
         self._layouts = sender, receiver
-        self._deadlines, self._floor = deadlines, floor_gb_per_s
+        self.deadlines, self._floor = deadlines, floor_gb_per_s
         self.sources = [name_of(source=True, rank=rank) for rank in range(len(sender.ranks))]
         self.targets = [name_of(source=False, rank=rank) for rank in range(len(receiver.ranks))]
         self.phase = Phase.IDLE
@@ -108,14 +119,14 @@ class Coordinator:
                 f"cannot start a transfer of {version!r}: that of {self.outcome.version!r} is in {self.phase}"
             )
 
-    def begin(self, attempt: bytes, version: str, now: float) -> Outgoing:
+    def begin(self, attempt: bytes, version: str, now: float, in_flight: m.InFlight = "abort") -> Outgoing:
         """Start an attempt. Raises WeightSyncError while another one is under way."""
         self.check_idle(version)
         self.attempt, self.outcome = attempt, Outcome(version, bytes=self.plan.nbytes)
         self._answers: dict[str, m.Message] = {}
         self._expected: dict[str, tuple[bytes, ...]] = {}
         sender, receiver = self._layouts
-        order = m.Plan(attempt, version, sender, receiver, self._deadlines.patience)
+        order = m.Plan(attempt, version, sender, receiver, self.deadlines.patience, in_flight)
         return self._enter(Phase.PLAN, self.sources + self.targets, lambda _: order, now)
 
     def receive(self, peer: str, message: m.Message, now: float) -> Outgoing:
@@ -181,6 +192,8 @@ class Coordinator:
                     return f"{peer} sent {len(digests)} digests of {count} copies"
             case m.Verified(_, digest) if digest != xxhash.xxh3_128_digest(b"".join(self._expected[peer])):
                 return f"{peer} acknowledged other bytes than were sent"
+            case m.Resumed(_, paused_s):
+                self.outcome.paused_s = max(self.outcome.paused_s, paused_s)
             case m.Aborted(_, quarantined) if quarantined:
                 self.outcome.quarantined.add(peer)
         return ""
@@ -209,7 +222,7 @@ class Coordinator:
     def _transferred(self, now: float) -> Outgoing:
         """All bytes have moved: hand each target the digests its senders computed."""
         answers = {peer: a for peer, a in self._answers.items() if isinstance(a, m.Transferred)}
-        self.outcome.copied_bytes = sum(answer.copied_bytes for answer in answers.values())
+        self.outcome.copied = {peer: answer.copied_bytes for peer, answer in answers.items()}
         if self.outcome.gb_per_s < self._floor:
             return self._abort(
                 f"the transport moved {self.outcome.bytes / 1e6:.1f} MB at {self.outcome.gb_per_s:.3g} GB/s, "
@@ -226,7 +239,7 @@ class Coordinator:
         return [(peer, order(peer)) for peer in peers]
 
     def _limit(self, phase: Phase) -> float:
-        return getattr(self._deadlines, phase.value)
+        return getattr(self.deadlines, phase.value)
 
 
 def expected_digests(plan: Plan, sent: Mapping[str, tuple[bytes, ...]]) -> dict[str, tuple[bytes, ...]]:

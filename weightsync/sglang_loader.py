@@ -1,11 +1,11 @@
-"""The functions SGLang's scheduler calls by name on its live model: ``load``, ``digest``, ``flip_bit``, ``trace``.
+"""The functions SGLang's scheduler calls by name on its live model: ``digest``, ``flip_bit``, ``trace``.
 
 SGLang calls a custom weight loader with the model and the tensors it was sent, drops its result, and dies with it if it
 raises. So a request is one uint8 tensor of JSON that names an ``answer`` file; the answer, ``{"result": …}`` or
 ``{"error": text}``, is written there and nothing is raised. No weights pass through SGLang's own endpoints.
 
-Parameters are addressed by their Hugging Face names, as views into the engine's fused ones: what is loaded, digested or
-flipped is the memory the next forward pass reads.
+Parameters are addressed by their Hugging Face names, as views into the engine's fused ones: what is digested or flipped
+is the memory the next forward pass reads.
 """
 
 from __future__ import annotations
@@ -19,26 +19,6 @@ import torch
 
 from zerokl.weightsync.digest import tensor_digest
 from zerokl.weightsync.errors import WeightSyncError
-from zerokl.weightsync.shared import Manifest, open_shared
-
-
-def load(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Copy the weights of ``manifest`` into the model and answer the digests of its parameters afterwards.
-
-    Every tensor is checked before the first one is copied: the model changes completely or not at all.
-    """
-
-    def action(request: dict[str, Any]) -> dict[str, str]:
-        manifest = Manifest.from_dict(request["manifest"])
-        targets = live_parameters(model)
-        with open_shared(manifest) as tensors:
-            _check_match(tensors, targets)
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    targets[name].copy_(tensor)
-        return _digests(targets)
-
-    _answer(named_tensors, action)
 
 
 def digest(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -114,19 +94,6 @@ def _experts(path: str, leaf: str, data: torch.Tensor) -> Iterator[tuple[str, to
     for expert, stacked in enumerate(data):
         for part, view in zip(parts, stacked.chunk(len(parts)), strict=True):
             yield f"{path}.{expert}.{part}.weight", view
-
-
-def _check_match(tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
-    missing, unknown = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
-    if missing or unknown:
-        raise WeightSyncError(f"the names differ: not sent {missing[:5]}, unknown to the engine {unknown[:5]}")
-    for name, tensor in tensors.items():
-        target = targets[name]
-        if tensor.shape != target.shape or tensor.dtype != target.dtype:
-            raise WeightSyncError(
-                f"tensor {name!r}: sent {tensor.dtype} {tuple(tensor.shape)}, "
-                f"the engine holds {target.dtype} {tuple(target.shape)}"
-            )
 
 
 def _digests(targets: dict[str, torch.Tensor]) -> dict[str, str]:

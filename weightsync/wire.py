@@ -111,6 +111,27 @@ def listen(address: Path) -> socket.socket:
     return sock
 
 
+def new_token(path: Path) -> bytes:
+    """A fresh token, also written to a new file that only this user can read."""
+    token = secrets.token_bytes(TOKEN_BYTES)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(file, "wb") as out:
+        out.write(token)
+    return token
+
+
+def read_token(path: Path) -> bytes:
+    """The run's token. Raises WeightSyncError if it cannot be read, or if the file is not this user's alone."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.getuid() or status.st_mode & 0o077:
+                raise WeightSyncError(f"the token file {path} must belong to this user alone (mode 0600)")
+            return file.read(TOKEN_BYTES)
+    except OSError as error:
+        raise WeightSyncError(f"cannot read the token file {path}: {error.strerror}") from error
+
+
 def connect(address: Path, timeout_s: float) -> Connection:
     """Connect to a coordinator's socket. Raises ConnectionLost if nobody listens there within ``timeout_s``."""
     deadline = time.monotonic() + timeout_s

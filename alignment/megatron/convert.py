@@ -124,21 +124,28 @@ def megatron_to_hf(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> It
 
     Tensors are views into ``state`` except q, k and v, whose rows lie interleaved in Megatron's layout.
     """
+    for name, blocks in hf_blocks(config, state):
+        yield name, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def hf_blocks(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """The same without a copy: each tensor as contiguous views into ``state`` that follow one another by rows."""
     head, groups = config.head_dim, config.num_key_value_heads
     per_group = config.num_attention_heads // groups * head
-    yield _EMBEDDING, state[_M_EMBEDDING]
+    yield _EMBEDDING, (state[_M_EMBEDDING],)
     for index in range(config.num_hidden_layers):
         source, target = f"decoder.layers.{index}.", f"model.layers.{index}."
         for kind in _qkv_kinds(config):
             qkv = state[f"{source}self_attention.linear_qkv.{kind}"].unflatten(0, (groups, -1))
             for name, rows in zip("qkv", qkv.split([per_group, head, head], dim=1), strict=True):
-                yield f"{target}self_attn.{name}_proj.{kind}", rows.flatten(0, 1)
-        yield from _mlp_to_hf(config.moe_at(index), f"{source}mlp.", f"{target}mlp.", state)
+                yield f"{target}self_attn.{name}_proj.{kind}", rows.unbind()
+        for name, tensor in _mlp_to_hf(config.moe_at(index), f"{source}mlp.", f"{target}mlp.", state):
+            yield name, (tensor,)
         for name, renamed in _unchanged(config).items():
-            yield f"{target}{name}.weight", state[f"{source}{renamed}.weight"]
-    yield _FINAL_NORM, state[_M_FINAL_NORM]
+            yield f"{target}{name}.weight", (state[f"{source}{renamed}.weight"],)
+    yield _FINAL_NORM, (state[_M_FINAL_NORM],)
     if not config.tie_word_embeddings:
-        yield _HEAD, state[_M_HEAD]
+        yield _HEAD, (state[_M_HEAD],)
 
 
 def _mlp_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:

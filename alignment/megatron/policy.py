@@ -18,6 +18,7 @@ from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.megatron import checkpoint, convert_moe, distributed, schedule, streams
 from zerokl.alignment.megatron.convert import (
     check_tensors,
+    hf_blocks,
     hf_dtype,
     hf_shapes,
     hf_to_megatron,
@@ -256,6 +257,17 @@ class MegatronPolicy:
         next step. Where ranks hold parts, every rank gets every tensor, one of Megatron's at a time in memory."""
         state = WholeTensors(self._holding, self._weights)
         return megatron_to_hf(self.config, convert_moe.stack_experts(state) if self.stock else state)
+
+    def weight_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]]]:
+        """Where the weights lie: the live parameters by Megatron's names, and for every Hugging Face tensor the views
+        into them that make it up, by rows. The same memory for the policy's life. Raises LayoutError where ranks hold
+        parts of the model, or layers are stock."""
+        if self.stock or self.layout.shards_weights:
+            raise LayoutError(
+                f"weight_blocks needs zerokl's layers and one rank's layout, got stock={self.stock}, {self.layout}"
+            )
+        state = {name: p.detach() for name, p in self._weights[0].items()}
+        return state, dict(hf_blocks(self.config, state))
 
     def weights_digest(self, ranks: int = 1) -> dict[str, str]:
         """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal.

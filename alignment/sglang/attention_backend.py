@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from zerokl import kernels
-from zerokl.alignment.sglang import hooks, tracing
+from zerokl.alignment.sglang import hooks, receiving, tracing
 from zerokl.alignment.sglang.config import TRACE_KEY
 from zerokl.alignment.sglang.errors import UnsupportedError
 
@@ -99,16 +99,17 @@ def create(runner: Any) -> ZeroKLAttention:
     binding = hooks.bind(runner, backend)
     if getattr(runner.model.config, TRACE_KEY, False):
         tracing.attach(runner)
+    weights = receiving.attach(runner)
     HookRegistry.register(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
-        lambda result, *_: _add_report(result, binding),
+        lambda result, *_: _add_report(result, binding.reports(weights())),
         HookType.AFTER,
     )
     HookRegistry.apply_hooks()
     return backend
 
 
-def _add_report(result: Any, binding: hooks.Binding) -> Any:
+def _add_report(result: Any, reports: list[dict[str, Any]]) -> Any:
     """SGLang's own state read-back, which runs on every rank, carries the reports out of the first one's process."""
-    result.internal_state["zerokl"] = binding.reports()
+    result.internal_state["zerokl"] = reports
     return result

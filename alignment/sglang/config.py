@@ -28,6 +28,25 @@ SEGMENTS_KEY = "zerokl_segments"
 """The same for `EngineConfig.segments`; there in every engine that runs zerokl's kernels, and in no other."""
 
 _VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary to it; a rank's share is to hold no padding
+TRANSFER_KEY = "zerokl_transfer"
+"""The same for `EngineConfig.transfer`, as a JSON object: the token itself stays in its file."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Where an engine gets its weights from: each of its ranks joins the coordinator's transfers.
+
+    address: the coordinator's socket; token_file: the run's token, in a file of this user alone; engine: this engine's
+    number, from 0; ranks: how many send and receive in all; transport: how the bytes travel.
+    receiver: the function, by name, that starts the receiving end in the scheduler's process.
+    """
+
+    address: str
+    token_file: str
+    engine: int = 0
+    ranks: tuple[int, int] = (1, 1)
+    transport: str = "ipc"
+    receiver: str = "zerokl.weightsync.sglang_receiver.start"
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,8 @@ class EngineConfig:
     stock: SGLang's own kernels instead of zerokl's, for control measurements.
     capture_experts: return the experts every token went to with each generation (`alignment.routing_replay`).
     trace: be able to record what every op computes (`RolloutEngine.trace`), one request at a time.
-    weight_loader: module with the functions ``load``, ``digest``, ``flip_bit`` and ``trace`` SGLang calls by name.
+    transfer: where new weights come from. Such an engine generates nothing before the first ones came.
+    weight_loader: module with the functions ``digest``, ``flip_bit`` and ``trace`` SGLang calls by name.
     log_path: file for the engine's output; by default in a temporary folder that goes with the engine.
     disabled_hooks: hooks to leave out (`name`, or `name@rank` on one rank), a fault for tests: the engine must then
     refuse to start.
@@ -64,6 +84,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     segments: int = 1
     threads: int = 2
+    transfer: Transfer | None = None
     weight_loader: str = "zerokl.weightsync.sglang_loader"
     log_path: str | None = None
     disabled_hooks: tuple[str, ...] = ()
@@ -75,6 +96,8 @@ class EngineConfig:
             raise ValueError(f"must be at least 1: {', '.join(wrong)}")
         if self.dtype != "bfloat16":
             raise UnsupportedError(f"dtype {self.dtype!r} is not supported; supported: bfloat16")
+        if self.transfer is not None and self.stock:
+            raise UnsupportedError("transfer: needs zerokl's plugin (stock=False)")
         if self.trace and (self.stock or self.radix_cache):
             raise UnsupportedError("trace: needs zerokl's kernels (stock=False) and every token computed "
                                    "(radix_cache=False)")  # fmt: skip

@@ -33,7 +33,7 @@ from zerokl.alignment.openmp import PASSIVE
 from zerokl.alignment.recorder import Plant
 from zerokl.alignment.sglang import errors, protocol
 from zerokl.alignment.sglang.config import EngineConfig, check_parallel, check_requests, inspect_model
-from zerokl.alignment.sglang.errors import EngineError
+from zerokl.alignment.sglang.errors import EngineDied, EngineError
 from zerokl.alignment.types import Generation, Request
 
 __all__ = ["EngineConfig", "RolloutEngine"]
@@ -77,6 +77,7 @@ class RolloutEngine:
         """Serve all requests concurrently, each from its arrival time on; results in the order of the requests.
 
         Raises ValueError, naming the request, for one that cannot be served exactly as asked; nothing is sampled then.
+        Raises EngineError for an engine with `EngineConfig.transfer` whose weights never came, or came to no good end.
         """
         check_requests(requests, self.config, self._model)
         message = protocol.Generate(tuple(requests))
@@ -85,14 +86,13 @@ class RolloutEngine:
             self._generation(index, *pair) for index, pair in enumerate(zip(requests, reply.generations, strict=True))
         ]
 
-    def load_weights(self, manifest: str, *, version: str, timeout_s: float) -> dict[str, str]:
-        """Load the weights a shared-memory manifest (JSON) describes, flush the cache and record the version.
+    def serving(self, *, timeout_s: float = 60) -> str | None:
+        """The version of the transferred weights that may be served now; None: none may."""
+        return self._served(timeout_s).version
 
-        Returns the digests of the live parameters afterwards. Raises EngineError, naming tensor and cause, if anything
-        in the shared memory is not what the manifest says; the engine then keeps its old weights.
-        """
-        message = protocol.LoadWeights(manifest, version)
-        return self._ask(message, protocol.Digests, timeout_s, f"weights {version!r} to load").digests
+    def state(self, *, timeout_s: float = 60) -> str:
+        """The state of the engine's end of weight transfers (`weightsync.participant.State`)."""
+        return self._served(timeout_s).state
 
     def weights_digest(self, *, timeout_s: float = 60) -> dict[str, str]:
         """xxh3_128 of every live parameter, by Hugging Face name; a tied head counts as the embedding only.
@@ -124,6 +124,11 @@ class RolloutEngine:
     def manifest(self) -> dict[str, Any]:
         """What computes the rollout: versions, configuration, and every hook with its op and verified call counts."""
         return self._manifest
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs: neither closed nor dead."""
+        return not self._closed and self._process.poll() is None
 
     @property
     def process_group(self) -> int:
@@ -169,7 +174,7 @@ class RolloutEngine:
 
     def _generation(self, index: int, request: Request, tokens: protocol.Tokens) -> Generation:
         routed, router = None, self._model.router
-        if self.config.capture_experts:
+        if self.config.capture_experts and tokens.output_ids:
             assert router is not None
             fed = len(request.input_ids) + len(tokens.output_ids) - 1
             routed = routing_replay.unpack(tokens.routed_experts or b"", router, fed, f"request {index}")
@@ -181,7 +186,11 @@ class RolloutEngine:
             weight_version=tokens.weight_version,
             cached_tokens=tokens.cached_tokens,
             routed_experts=routed,
+            weight_spans=tokens.weight_spans,
         )
+
+    def _served(self, timeout_s: float) -> protocol.Served:
+        return self._ask(protocol.Serving(), protocol.Served, timeout_s, "the version it serves")
 
     def _ask(self, message: protocol.Message, expected: type, timeout_s: float, waiting_for: str) -> Any:
         with self._lock:
@@ -210,7 +219,7 @@ class RolloutEngine:
         with_tail = f"the engine died while waiting for {waiting_for}"
         tail = self._log_tail()
         self._end(with_tail)
-        return EngineError(f"{with_tail} (exit code {self._process.returncode}); the end of its log:\n{tail}")
+        return EngineDied(f"{with_tail} (exit code {self._process.returncode}); the end of its log:\n{tail}")
 
     def _log_tail(self) -> str:
         return self.log_path.read_bytes()[-_LOG_TAIL:].decode(errors="replace")

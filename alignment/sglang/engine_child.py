@@ -36,13 +36,14 @@ from zerokl.alignment.sglang.config import (
     DISABLED_HOOKS_KEY,
     SEGMENTS_KEY,
     TRACE_KEY,
+    TRANSFER_KEY,
     EngineConfig,
     inspect_model,
 )
 from zerokl.alignment.sglang.errors import EngineError
 from zerokl.alignment.sglang.report import check_reports
 from zerokl.alignment.tensor_parallel import rank_name
-from zerokl.alignment.types import Request
+from zerokl.alignment.types import Request, WeightSpan
 
 _RANK_CALL = "zerokl.alignment.sglang.rank_calls.call"
 _SLACK = 8  # SGLang keeps this many positions of its limits to itself; the owner checks the exact ones
@@ -106,7 +107,6 @@ class _Server:
         self.config = config
         self.capture = model.router if config.capture_experts else None
         self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
-        self.version = "default"
         self._warm_up()
         reports = None if config.stock else self._reports()
         self.manifest = {
@@ -121,12 +121,14 @@ class _Server:
     def serve(self, command: protocol.Command) -> protocol.Message:
         match command:
             case protocol.Generate(requests):
-                generations = self._run(_generate(self.engine, requests, self.capture))
+                self._check_weights()
+                aborts = self.config.transfer is not None
+                generations = self._run(_generate(self.engine, requests, self.capture, aborts=aborts))
                 if self.config.tensor_parallel > 1 and not self.config.stock:
                     self._reports()  # every rank sampled the same
                 return protocol.Generated(generations)
-            case protocol.LoadWeights(manifest, version):
-                return self._load(manifest, version)
+            case protocol.Serving():
+                return self._serving()
             case protocol.WeightsDigest():
                 return protocol.Digests(self._all_digests("digest", {}))
             case protocol.FlipWeightBit(name, element, bit):
@@ -161,13 +163,19 @@ class _Server:
         check_reports(reports, self.config.tensor_parallel)
         return reports
 
-    def _load(self, manifest: str, version: str) -> protocol.Digests:
-        from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+    def _serving(self) -> protocol.Served:
+        """The version that all ranks hold, if they hold the same; the states they are in."""
+        reports = self.engine.get_server_info()["internal_states"][0].get("zerokl") or []
+        found = [report["weights"] for report in reports if "weights" in report]
+        if not found:
+            raise EngineError("this engine was not started with EngineConfig.transfer: no weights come to it")
+        states, versions = {rank["state"] for rank in found}, {rank["version"] for rank in found}
+        return protocol.Served(versions.pop() if len(versions) == 1 else None, ", ".join(sorted(states)))
 
-        digests = self._all_digests("load", {"manifest": json.loads(manifest)})
-        self._flush()  # the cache holds keys and values of the old weights
-        self._run(self.engine.tokenizer_manager.update_weight_version(UpdateWeightVersionReqInput(new_version=version)))
-        return protocol.Digests(digests)
+    def _check_weights(self) -> None:
+        """Refuse to sample with weights that were never given to this engine; a transfer under way is waited for."""
+        if self.config.transfer is not None and (served := self._serving()).version is None:
+            raise EngineError(f"the engine holds no complete version of the weights (state {served.state})")
 
     def _flush(self) -> None:
         # a request's answer may leave the scheduler a moment before the request does: let SGLang wait for that
@@ -222,10 +230,12 @@ def _require(call: str, outcome: tuple[bool, str]) -> None:
         raise EngineError(f"SGLang refused {call}: {message}")
 
 
-async def _generate(engine: Any, requests: Sequence[Request], capture: Router | None) -> tuple[protocol.Tokens, ...]:
+async def _generate(
+    engine: Any, requests: Sequence[Request], capture: Router | None, *, aborts: bool
+) -> tuple[protocol.Tokens, ...]:
     """Submit every request at its arrival time; the results come in the order of the requests.
 
-    ``capture``: the router whose choices come with the results.
+    ``capture``: the router whose choices come with the results. ``aborts``: new weights may end requests early.
     """
 
     async def one(request: Request) -> dict[str, Any]:
@@ -242,7 +252,7 @@ async def _generate(engine: Any, requests: Sequence[Request], capture: Router | 
         if isinstance(result, BaseException):
             raise EngineError(f"request {index}: {type(result).__name__}: {result}") from result
     answered = enumerate(zip(requests, results, strict=True))
-    return tuple(_tokens(index, request, result, capture) for index, (request, result) in answered)  # type: ignore[arg-type]
+    return tuple(_tokens(index, request, result, capture, aborts) for index, (request, result) in answered)  # type: ignore[arg-type]
 
 
 def _routed(index: int, prompt: int, result: dict[str, Any], router: Router) -> bytes:
@@ -265,12 +275,14 @@ def _sampling_params(request: Request) -> dict[str, Any]:
     }
 
 
-def _tokens(index: int, request: Request, result: dict[str, Any], capture: Router | None) -> protocol.Tokens:
+def _tokens(
+    index: int, request: Request, result: dict[str, Any], capture: Router | None, aborts: bool
+) -> protocol.Tokens:
     meta, ids = result["meta_info"], tuple(result["output_ids"])
     reason = meta["finish_reason"]
-    if reason["type"] not in ("stop", "length"):
+    if reason["type"] not in ("stop", "length") and not (aborts and reason["type"] == "abort"):
         raise EngineError(f"request {index} ended by {reason['type']}: {reason.get('message', 'no reason given')}")
-    logprobs = [value for value, _, _ in meta["output_token_logprobs"]]
+    logprobs = [value for value, _, _ in meta.get("output_token_logprobs", ())]
     raw = meta.get(protocol.RAW_LOGPROB, [np.nan] * len(ids))  # stock engines report none
     if not len(ids) == len(logprobs) == len(raw):
         raise EngineError(f"request {index}: {len(ids)} tokens, {len(logprobs)} and {len(raw)} log-probabilities")
@@ -280,8 +292,9 @@ def _tokens(index: int, request: Request, result: dict[str, Any], capture: Route
         raw_logprobs=np.array(raw, dtype="<f4").tobytes(),
         finish_reason=reason["type"],
         weight_version=meta["weight_version"],
-        cached_tokens=meta["cached_tokens"],
-        routed_experts=None if capture is None else _routed(index, len(request.input_ids), result, capture),
+        cached_tokens=meta.get("cached_tokens", 0),
+        routed_experts=None if capture is None or not ids else _routed(index, len(request.input_ids), result, capture),
+        weight_spans=tuple(WeightSpan(**span) for span in meta.get("weight_versions", ())),
     )
 
 
@@ -321,6 +334,8 @@ def _overrides(config: EngineConfig) -> dict[str, Any]:
     }
     if config.architecture is not None:
         overrides[ARCHITECTURE_KEY] = asdict(config.architecture)
+    if config.transfer is not None:
+        overrides[TRANSFER_KEY] = asdict(config.transfer)
     return overrides
 
 

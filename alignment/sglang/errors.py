@@ -13,3 +13,7 @@ class HookError(RuntimeError):
 
 class EngineError(RuntimeError):
     """The engine process died, answered something it may not, or was asked after it closed."""
+
+
+class EngineDied(EngineError):
+    """The engine's process ended by itself; a new engine is needed."""

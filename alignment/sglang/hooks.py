@@ -78,9 +78,9 @@ class Binding:
     sampler: Any
     ranks: Ranks
 
-    def reports(self) -> list[dict[str, Any]]:
-        """What `check_reports` needs, of every rank. Every rank must call it."""
-        return self.ranks.gathered(self._report())
+    def reports(self, more: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `check_reports` needs, of every rank, and ``more`` of this one's. Every rank must call it."""
+        return self.ranks.gathered(self._report() | more)
 
     def _report(self) -> dict[str, Any]:
         """This rank's own, in plain types that cross SGLang's process boundary."""

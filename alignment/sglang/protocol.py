@@ -1,8 +1,7 @@
 """What the owner of an engine and the engine's process say to each other.
 
 Frames are an 8-byte little-endian length and a msgpack body; every body is decoded against the message types below, so
-nothing but these shapes can cross. No code and no tensors travel: weights go through shared memory (`load_weights`
-carries their manifest only).
+nothing but these shapes can cross. No code and no tensors travel; weights come another way (`config.Transfer`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import msgspec
 
 from zerokl.alignment.recorder import Plant
 from zerokl.alignment.sglang.config import EngineConfig
-from zerokl.alignment.types import Request
+from zerokl.alignment.types import Request, WeightSpan
 
 MAX_FRAME = 1 << 30  # 1 GiB: a thousand long requests with their routing; below what could exhaust memory
 RAW_LOGPROB = "zerokl_raw_logprob"
@@ -37,9 +36,8 @@ class Generate(Message, frozen=True):
     requests: tuple[Request, ...]
 
 
-class LoadWeights(Message, frozen=True):
-    manifest: str
-    version: str
+class Serving(Message, frozen=True):
+    pass
 
 
 class WeightsDigest(Message, frozen=True):
@@ -67,7 +65,7 @@ class Close(Message, frozen=True):
     pass
 
 
-Command = Start | Generate | LoadWeights | WeightsDigest | FlipWeightBit | Trace | FlushCache | Close
+Command = Start | Generate | Serving | WeightsDigest | FlipWeightBit | Trace | FlushCache | Close
 
 
 class Ready(Message, frozen=True):
@@ -85,6 +83,7 @@ class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_version: str
     cached_tokens: int
     routed_experts: bytes | None
+    weight_spans: tuple[WeightSpan, ...]
 
 
 class Generated(Message, frozen=True):
@@ -93,6 +92,13 @@ class Generated(Message, frozen=True):
 
 class Digests(Message, frozen=True):
     digests: dict[str, str]
+
+
+class Served(Message, frozen=True):
+    """The version that may be served, None for none, and the state of the engine's receiving end."""
+
+    version: str | None
+    state: str
 
 
 class Done(Message, frozen=True):
@@ -106,7 +112,7 @@ class Failed(Message, frozen=True):
     message: str
 
 
-Reply = Ready | Generated | Digests | Done | Failed
+Reply = Ready | Generated | Digests | Served | Done | Failed
 
 T = TypeVar("T")
 

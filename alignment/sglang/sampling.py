@@ -83,8 +83,16 @@ def create() -> ZeroKLSampler:
         _set_seeds,
         HookType.REPLACE,
     )
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.Req.reset_for_retract", _keep_known_logprobs, HookType.AFTER
+    )
     HookRegistry.apply_hooks()
     return ZeroKLSampler()
+
+
+def _keep_known_logprobs(_: Any, request: Any) -> None:
+    """A retracted request is fed its own tokens again; SGLang would score them as a prompt, as which they are not."""
+    request.logprob_start_len = len(request.origin_input_ids) + len(request.output_ids)
 
 
 def _set_seeds(self: SamplingBatchInfo, batch: Any, vocab_size: int) -> None:  # noqa: ARG001  (SGLang's signature)

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from zerokl import kernels, weightsync
 from zerokl.alignment.sglang import RolloutEngine
 from zerokl.alignment.sglang.config import EngineConfig
 from zerokl.alignment.sglang.errors import EngineError, HookError
-from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
+from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams, WeightSpan
+from zerokl.orchestrate.damage import DamagingSource
+from zerokl.orchestrate.weights import Meeting, WeightLink
 from zerokl.weightsync.errors import WeightSyncError
 
 CHUNK = 32
@@ -29,12 +33,43 @@ def config(model: Path, **options) -> EngineConfig:
     return EngineConfig(str(model), **(defaults | options))
 
 
+class Sender:
+    """The trainer's side: sends the engine's own weights, scaled."""
+
+    def __init__(self, meeting: Meeting, tensors: dict[str, torch.Tensor]) -> None:
+        self.meeting, self.tensors = meeting, tensors
+        self.source = DamagingSource(meeting.folder)
+
+    def link(self, *, scale=1.0, tensors=None):
+        scaled = {name: tensor * scale for name, tensor in (tensors or self.tensors).items()}
+        return WeightLink(self.meeting, *weightsync.named_layout(scaled), source=self.source)
+
+    def send(self, version, **options):
+        with self.link(**options) as link:
+            return link.sync(version, timeout_s=30)
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen3-tied"])
-def engine(request, tiny_models):
+def both(request, tiny_models, tmp_path_factory):
+    """An engine, and what sends it weights; it has its checkpoint's own to begin with."""
+    meeting = Meeting.in_folder(tmp_path_factory.mktemp("m"))
     # the second engine has larger pages and too little cache for a batch: neither may change a bit
     options = {"llama": {}, "qwen3-tied": {"page_size": 4, "max_total_tokens": 320}}[request.param]
-    with RolloutEngine(config(tiny_models[request.param], **options)) as started:
-        yield started
+    model = tiny_models[request.param]
+    sender = Sender(meeting, load_file(model / "model.safetensors"))
+    with RolloutEngine(config(model, transfer=meeting.transfer(), **options)) as started:
+        sender.send("first")
+        yield started, sender
+
+
+@pytest.fixture
+def engine(both):
+    return both[0]
+
+
+@pytest.fixture
+def trainer(both):
+    return both[1]
 
 
 def prompt(length: int, seed: int) -> tuple[int, ...]:
@@ -204,44 +239,50 @@ def test_the_digest_is_that_of_the_checkpoint(engine):
     assert engine.weights_digest() == expected
 
 
-def test_pushed_weights_are_the_ones_sampled_from(engine):
+def test_sent_weights_are_the_ones_sampled_from(engine, trainer):
     original = weights(engine)
     request = Request(prompt(20, 6), SamplingParams(max_new_tokens=8, ignore_eos=True))
     (before,) = engine.generate([request], timeout_s=60)
-    changed = {name: tensor * 1.25 for name, tensor in original.items()}
-    report = weightsync.push(changed.items(), engine, version="step-1", timeout_s=60)
-    assert report.bytes == sum(tensor.nbytes for tensor in original.values())
-    assert engine.weights_digest() == {name: weightsync.tensor_digest(t) for name, t in changed.items()}
+    report = trainer.send("step-1", scale=1.25)
+    assert report.bytes == sum(tensor.nbytes for tensor in original.values()) == report.copied_bytes
+    assert report.copied_by_engines == 0
+    assert engine.weights_digest() == {n: weightsync.tensor_digest(t * 1.25) for n, t in original.items()}
+    assert engine.serving() == "step-1"
     (after,) = engine.generate([request], timeout_s=60)
-    assert after.weight_version == "step-1"
+    assert after.weight_spans == (WeightSpan("step-1", 0, 8),)
     assert after.cached_tokens == 0  # the old weights' cache is gone
     assert after.raw_logprobs[0] != before.raw_logprobs[0]
-
-    weightsync.push(original.items(), engine, version="step-2", timeout_s=60)
+    trainer.send("step-2")
     (restored,) = engine.generate([request], timeout_s=60)
     assert_same([restored], [before])
-    assert not list(weightsync.shared.SHARED_MEMORY.glob("zerokl-weights-*"))
 
 
-def test_a_flipped_byte_in_shared_memory_is_refused(engine):
-    before = engine.weights_digest()
-    changed = {name: tensor + 1 for name, tensor in weights(engine).items()}
-    with weightsync.publish(changed.items(), version="bad") as manifest:
-        victim = manifest.tensors[3]
-        with open(manifest.path, "r+b") as file:
-            file.seek(victim.offset + 5)
-            byte = file.read(1)[0]
-            file.seek(victim.offset + 5)
-            file.write(bytes([byte ^ 1]))
-        with pytest.raises(EngineError, match=f"{victim.name}.*corrupted"):
-            engine.load_weights(manifest.to_json(), version="bad", timeout_s=60)
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        ("flipped bit", "have digest"),
+        ("missing chunk", "have digest"),
+        ("source error", "cannot read its weights"),
+        ("full memory", "cannot export .* File too large"),
+    ],
+)
+def test_damaged_weights_are_refused_and_the_old_ones_serve_on(engine, trainer, damage, cause):
+    request = Request(prompt(20, 6), SamplingParams(max_new_tokens=8, ignore_eos=True))
+    version, before = engine.serving(), engine.weights_digest()
+    (expected,) = engine.generate([request], timeout_s=60)
+    trainer.source.plan(damage, where=7)
+    with pytest.raises(WeightSyncError, match=cause):
+        trainer.send("bad", scale=2.0)
+    assert trainer.source.witness
     assert engine.weights_digest() == before  # all or nothing
-    (generation,) = engine.generate([Request((5, 6), SamplingParams(max_new_tokens=1))], timeout_s=60)
-    assert generation.weight_version != "bad"
+    assert engine.serving() == version
+    (generation,) = engine.generate([request], timeout_s=60)
+    assert generation.weight_version == version
+    assert_same([generation], [expected])
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "dtype"])
-def test_weights_that_do_not_match_are_refused(engine, fault):
+def test_weights_that_do_not_match_are_refused(engine, trainer, fault):
     before, sent = engine.weights_digest(), weights(engine)
     name = "model.layers.1.mlp.up_proj.weight"
     tensor = sent.pop(name)
@@ -252,8 +293,71 @@ def test_weights_that_do_not_match_are_refused(engine, fault):
     elif fault == "dtype":
         sent[name] = tensor.float()
     with pytest.raises(WeightSyncError, match="extra" if fault == "unknown" else "up_proj"):
-        weightsync.push(sent.items(), engine, version="bad", timeout_s=60)
+        trainer.send("bad", tensors=sent)
     assert engine.weights_digest() == before
+
+
+LONG = [Request(prompt(30, 90 + i), SamplingParams(max_new_tokens=200, seed=i, ignore_eos=True)) for i in range(2)]
+
+
+def caught(engine: RolloutEngine, trainer: Sender, policy: str) -> list[Generation]:
+    """Send other weights while requests are under way, as often as it takes to meet one between two of its tokens."""
+    delay_s = 0.2
+    for _ in range(12):
+        trainer.send("old")
+        with trainer.link(scale=1.25) as link, ThreadPoolExecutor(1) as pool:
+            link.sender.wait(30)
+            running = pool.submit(engine.generate, LONG, timeout_s=60)
+            time.sleep(delay_s)
+            link.sync("new", timeout_s=30, in_flight=policy)
+            found = running.result(timeout=60)
+        if any(g.weight_spans[0].version == "old" and g.weight_spans[0].end < 200 for g in found):
+            return found
+        delay_s = delay_s * 1.5 if found[0].weight_versions == {"new"} else delay_s / 2
+    raise AssertionError("the weights always came before or after the tokens")
+
+
+@pytest.mark.parametrize("policy", ["abort", "retract", "continue"])
+def test_requests_under_way_when_new_weights_come(engine, trainer, policy):
+    """One engine, one policy a transfer; every token knows the weights that sampled it."""
+    if engine.config.max_total_tokens < 2 * 230:
+        return  # the other engine's cache holds no two of these requests
+    trainer.send("old")
+    expected = alone(engine, LONG)
+    found = caught(engine, trainer, policy)
+    met = [i for i, g in enumerate(found) if g.weight_spans[0].version == "old" and g.weight_spans[0].end < 200]
+    for generation, old in ((found[i], expected[i]) for i in met):
+        first = generation.weight_spans[0]
+        assert first.start == 0
+        assert generation.output_ids[: first.end] == old.output_ids[: first.end]
+        assert generation.logprobs[: first.end].tobytes() == old.logprobs[: first.end].tobytes()
+        if policy == "abort":
+            assert (generation.finish_reason, len(generation.output_ids)) == ("abort", first.end)
+        else:
+            assert (generation.finish_reason, len(generation.output_ids)) == ("length", 200)
+            assert generation.weight_spans[1:] == (WeightSpan("new", first.end, 200),)
+            assert generation.logprobs[first.end] != old.logprobs[first.end]
+    if policy == "retract":  # the rest is what the new weights give for the prompt and the first part
+        for request, generation in ((LONG[i], found[i]) for i in met):
+            end = generation.weight_spans[0].end
+            rest = replace(request.sampling, max_new_tokens=200 - end)
+            (again,) = alone(engine, [Request((*request.input_ids, *generation.output_ids[:end]), rest)])
+            assert again.output_ids == generation.output_ids[end:]
+            assert again.logprobs.tobytes() == generation.logprobs[end:].tobytes()
+    # whatever the cache still holds of the old weights, no later request finds it
+    fresh = replace(LONG[0], sampling=SamplingParams(max_new_tokens=4))
+    (cached,) = engine.generate([fresh], timeout_s=60)
+    assert cached.weight_versions == {"new"}
+    assert_same([cached], alone(engine, [fresh]))
+
+
+def test_no_weights_no_tokens(tiny_models, tmp_path):
+    """An engine that waits for weights samples nothing before they come."""
+    meeting = Meeting.in_folder(tmp_path)
+    with RolloutEngine(config(tiny_models["llama"], transfer=meeting.transfer())) as engine:
+        with pytest.raises(EngineError, match="holds no complete version of the weights"):
+            engine.generate([Request((5, 6), SamplingParams(max_new_tokens=1))], timeout_s=60)
+        assert engine.serving() is None
 
 
 def test_a_flipped_weight_bit_shows(engine):

@@ -6,6 +6,7 @@ Megatron keeps global state and SGLang's crashes take their parent along, so nei
 import json
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from zerokl.alignment.types import PackedBatch, Request, SamplingParams
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import faults
 from zerokl.orchestrate.scoring import score
-from zerokl.weightsync.push import push
+from zerokl.orchestrate.verify import connect
+from zerokl.orchestrate.weights import Meeting, WeightLink
 
 CHUNK = 64
 VOCAB = 300  # ids that all test models have
@@ -45,14 +47,15 @@ def with_prefix(prefix: tuple[int, ...], made: list[Request]) -> list[Request]:
     return [Request((*prefix, *r.input_ids), r.sampling, r.arrival_s) for r in made]
 
 
-def train_and_push(policy: MegatronPolicy, engine: RolloutEngine, made: list[Request]) -> None:
+def train_and_sync(policy: MegatronPolicy, engine: RolloutEngine, link: WeightLink, made: list[Request]) -> dict:
     """One optimizer step on what the engine sampled, then the new weights into the engine."""
     batch = PackedBatch.pack(made, engine.generate(made, timeout_s=300))
     before = policy.weights_digest()
     policy.train_step([batch], lambda logprobs, _: -logprobs.mean())
     changed = sum(before[name] != digest for name, digest in policy.weights_digest().items())
     assert changed > len(before) // 2, f"the step changed {changed} of {len(before)} tensors"
-    push(policy.named_weights(), engine, version="1", timeout_s=300)
+    report = link.sync("1", timeout_s=300)
+    return {"bytes": report.bytes, "copied": report.copied_bytes, "by_engine": report.copied_by_engines}
 
 
 def router_faults(config: ModelConfig) -> tuple[faults.Fault, ...]:
@@ -63,17 +66,20 @@ def router_faults(config: ModelConfig) -> tuple[faults.Fault, ...]:
 
 def main(model: str, out: Path) -> None:
     torch.manual_seed(0)
+    meeting = Meeting.in_folder(Path(tempfile.mkdtemp(dir=out.parent)))
     architecture = ModelConfig.load(model)
     sparse = architecture.moe is not None
     config = EngineConfig(
-        model, chunked_prefill_size=CHUNK, context_length=400, max_running_requests=32, capture_experts=sparse
-    )
+        model, chunked_prefill_size=CHUNK, context_length=400, max_running_requests=32, capture_experts=sparse,
+        transfer=meeting.transfer(),
+    )  # fmt: skip
     policy = MegatronPolicy(
         model, optimizer=OptimizerSettings(learning_rate=1e-4), replay="check" if sparse else "off", recompute=sparse
     )
     results, injected = {}, {}
     modes: tuple[Mode, ...] = ("off", "on", "check") if sparse else ()  # the last one stays
-    with RolloutEngine(config, start_timeout_s=300) as engine:
+    with connect(meeting, policy) as link, RolloutEngine(config, start_timeout_s=300) as engine:
+        link.sync("0", timeout_s=300)
 
         def check(name: str, made: list[Request], fault: faults.Fault | None = None) -> None:
             generations = faults.damage_records(fault, engine.generate(made, timeout_s=300))
@@ -82,7 +88,7 @@ def main(model: str, out: Path) -> None:
             (injected if fault else results)[name] = found.to_json() | {
                 "equal": found.equal,
                 "cached_tokens": sum(g.cached_tokens for g in generations),
-                "versions": sorted({g.weight_version for g in generations}),
+                "versions": sorted(set().union(*(g.weight_versions for g in generations))),
                 "expected_tokens": sum(r.sampling.max_new_tokens for r in made),
                 "differing_tokens": policy.differing_tokens - before,
             }
@@ -125,13 +131,13 @@ def main(model: str, out: Path) -> None:
             policy.replay = mode
             check(f"replay {mode}", requests(8, seed=64))
         check_turns("three turns")
-        train_and_push(policy, engine, requests(4, seed=59))
+        sent = train_and_sync(policy, engine, link, requests(4, seed=59))
         check("after a step and a weight sync", requests(8, seed=60))
         same = engine.weights_digest(timeout_s=60) == policy.weights_digest()
         check("after the weight sync, warm prefix", with_prefix(prefix, requests(4, seed=53)))
         for fault in router_faults(architecture):
             policy.replay = "check" if fault == "replay-shift" else "off"
-            faults.plant(fault, engine, policy)
+            faults.plant(fault, engine, policy, lambda: link.sync("ties", timeout_s=300))
             check(fault, requests(24, seed=63, new=12), fault)
             for layer in sparse_layers(policy.model):
                 layer.__dict__.pop("topk", None)  # the router of the class again
@@ -144,6 +150,7 @@ def main(model: str, out: Path) -> None:
             {
                 "scenarios": results,
                 "digests_equal_after_sync": same,
+                "sent": sent,
                 "architecture": architecture.architecture,
                 "faults": injected,
                 "hooks": {row["hook"]: row["calls"] for row in engine.manifest()["hooks"]["hooks"]},

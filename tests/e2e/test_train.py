@@ -107,6 +107,25 @@ def resumed(folder, command):
     return run, state
 
 
+@pytest.fixture(scope="module")
+def bereaved(folder, command):
+    """A run whose engine is killed after the first step; (run folder, what it printed, the killed process)."""
+    run = folder / "bereaved"
+    process = subprocess.Popen(
+        command("bereaved"), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        until(lambda: steps(run), "the first step", process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        (scheduler,) = [child for child in family if "scheduler" in " ".join(child.cmdline()[:1])]
+        scheduler.kill()
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output + logs(run)
+    return run, output, scheduler
+
+
 def test_every_step_agrees_bit_for_bit(whole):
     recorded = steps(whole[0])
     assert [s["step"] for s in recorded] == [1, 2, 3, 4]
@@ -115,6 +134,9 @@ def test_every_step_agrees_bit_for_bit(whole):
         assert (s["mismatched_tokens"], s["max_abs_diff"], s["kl_k1"], s["kl_k3"]) == (0, 0.0, 0.0, 0.0)
         assert s["weight_version"] == str(s["step"])
         assert s["sync_bytes"] > 1_000_000
+        assert (s["sync_transport"], s["sync_copied_bytes"]) == ("ipc", s["sync_bytes"])
+        assert s["sync_engine_copied_bytes"] == 0
+        assert s["sync_pause_ms"] > 0
     assert any(s["grad_norm"] > 0 for s in recorded)
 
 
@@ -163,10 +185,20 @@ def test_ctrl_c_finishes_the_step_and_leaves_no_process(resumed):
     assert [p for p in state["family"] if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def test_a_run_outlives_its_engine_and_ends_with_the_same_bits(whole, bereaved):
+    run, output, scheduler = bereaved
+    assert not scheduler.is_running()
+    assert "starting another" in output + logs(run)
+    for name in ("model/model.safetensors", "checkpoints/step-000004/policy/optimizer.safetensors"):
+        assert (whole[0] / name).read_bytes() == (run / name).read_bytes(), name
+    assert [s["mismatched_tokens"] for s in steps(run)] == [0] * STEPS
+
+
 def test_a_resumed_run_ends_with_the_same_bits(whole, resumed):
     for name in ("model/model.safetensors", "checkpoints/step-000004/policy/optimizer.safetensors"):
         assert (whole[0] / name).read_bytes() == (resumed[0] / name).read_bytes(), name
     timings = {"rollout_s", "reward_s", "train_s", "sync_s", "step_s", "tokens_per_s", "cached_tokens"}
+    timings |= {"sync_gb_per_s", "sync_pause_ms"}
     for one, other in zip(steps(whole[0]), steps(resumed[0]), strict=True):
         assert {k: v for k, v in one.items() if k not in timings} == {
             k: v for k, v in other.items() if k not in timings

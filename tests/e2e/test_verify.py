@@ -79,3 +79,15 @@ def test_the_engines_own_kernels_differ(verify, name):
     assert abs(furthest["rollout"] - furthest["trainer"]) == pytest.approx(found["max_abs_diff"], rel=1e-6)
     assert f"far apart         request {furthest['sample']}, generated token {furthest['position']}" in printed
     assert found["weights_digest"]["engine"] == found["weights_digest"]["trainer"]
+
+
+def test_transfers_under_drawn_faults_leave_equal_engines(verify):
+    """More rounds: zerokl verify --syncs 20 --faults random."""
+    code, found, printed = verify("tiny-llama", "--syncs", "4", "--faults", "random", "--seed", "2", *FEW)
+    assert code == 0, printed
+    assert found["mismatched_tokens"] == 0
+    assert len({row["fault"] for row in found["syncs"]}) == 4
+    for row in found["syncs"]:
+        assert row["ok"], row
+        assert row["witness"], row
+    assert "weight transfers  4 rounds, all well" in printed

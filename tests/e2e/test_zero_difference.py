@@ -42,10 +42,12 @@ def test_the_scenarios_reach_what_they_are_named_for(outcome):
     scenarios = outcome["scenarios"]
     assert scenarios["prefix-cache hit"]["cached_tokens"] >= 4 * 64
     assert scenarios["three turns"]["cached_tokens"] >= 8 * 8  # later turns hit what earlier ones computed
-    # the push flushed what was cached under the old weights: only prefixes of the new ones may be hit
+    # the new weights flushed what was cached under the old ones: only prefixes of the new ones may be hit
     assert scenarios["after a step and a weight sync"]["cached_tokens"] == 0
     assert scenarios["after a step and a weight sync"]["versions"] == ["1"]
     assert outcome["digests_equal_after_sync"]
+    sent = outcome["sent"]  # the trainer's export is the only copy
+    assert (sent["copied"], sent["by_engine"]) == (sent["bytes"], 0)
 
 
 def test_an_engine_that_missed_an_update_is_found(outcome):

@@ -246,7 +246,7 @@ def test_a_recipe_whose_model_cannot_do_what_it_says(zerokl, tiny, tiny_moe):
         (tiny, "train.routing_replay=check", "LlamaForCausalLM routes nothing"),
         (tiny_moe, "train.routing_replay=maybe", "train.routing_replay"),
         (tiny, "model.segments=3", "model.segments"),
-        (tiny, "rollout.tensor_parallel=2", "rollout.tensor_parallel = 2: weights are pushed to one rank only"),
+        (tiny, "rollout.tensor_parallel=2", "segments=1 must cover tensor=2"),
     ]:
         code, _, err = zerokl("train", recipe, "--dry-run", "--set", f"model.name={model}", "--set", change)
         assert code == 2

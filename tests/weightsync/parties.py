@@ -27,9 +27,10 @@ class Engine:
     """Keeps what it was given and every call, and looks into its weights only when asked."""
 
     def __init__(self):
-        self.calls, self.version, self.buffers, self.running = [], None, {}, False
+        self.calls, self.version, self.buffers, self.running, self.in_flight = [], None, {}, False, None
 
-    def pause(self):
+    def pause(self, in_flight):
+        self.in_flight = in_flight
         self.calls.append("pause")
         self.running = False
 

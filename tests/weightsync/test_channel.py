@@ -52,21 +52,58 @@ def test_every_rank_gets_each_version_and_serves_it(start):
     assert run.engines[0].calls == [c for v in range(3) for c in ("pause", f"install v{v}", f"resume v{v}")]
 
 
-def test_matching_buffers_are_views_and_what_is_copied_is_counted(start):
-    run = start()
+def test_engines_view_one_export_in_their_own_form_and_copy_nothing(start):
+    run = start(1, 2, rollout=SglangSizes(engines=2))
     assert run.sync("v", seed=1).committed
     outcome = run.sync("w", seed=2)
     held = run.sources[0].buffers
-    fused = sum(x.numel() for name, x in held.items() if "linear_qkv" in name)  # interleaved differently
-    embedding = MODEL.vocabulary * MODEL.hidden * 2  # padded at the receiver
-    assert outcome.copied_bytes == sum(x.numel() for x in held.values()) + fused + embedding
-    assert outcome.bytes == sum(t.nbytes for t in MODEL.tensors().values())
-    views = {x.untyped_storage().data_ptr() for name, x in run.engines[0].buffers.items() if "qkv" not in name}
-    assert len(views) == 2  # the export, and the embedding
+    size = sum(t.nbytes for t in MODEL.tensors().values())
+    assert outcome.bytes == 2 * size
+    assert outcome.copied == {"trainer-0": size, "rollout-0": 0, "rollout-1": 0}
+    for engine in run.engines:  # fused and padded parameters too
+        assert len({x.untyped_storage().data_ptr() for x in engine.buffers.values()}) == 1
     # later changes at the trainer do not reach the engine
     for buffer in held.values():
         buffer.add_(1)
     assert run.all_hold(2)
+
+
+def test_only_what_several_ranks_hold_parts_of_is_copied_by_the_engine(start):
+    run = start(2, 1, trainer=MegatronSizes(tp=2, vocabulary_multiple=4))
+    outcome = run.sync("v", seed=1)
+    assert outcome.committed, outcome.cause
+    assert run.all_hold(1)
+    size = sum(t.nbytes for t in MODEL.tensors().values())
+    norms = sum(t.nbytes for name, t in MODEL.tensors().items() if "norm" in name)
+    assert outcome.copied_by_engines == size - norms
+    assert outcome.copied_bytes == 2 * size - norms
+    views = {x.untyped_storage().data_ptr() for name, x in run.engines[0].buffers.items() if "norm" in name}
+    assert len(views) <= 2
+
+
+def test_a_second_transfer_at_once_is_refused_and_does_not_disturb_the_first(start):
+    refused = []
+
+    def second(phase):
+        with pytest.raises(WeightSyncError, match=f"another one is in {phase}"):
+            run.sender.sync("second")
+        refused.append(phase)
+
+    run = start(observe=second)
+    assert run.sync("first", seed=1).committed
+    assert refused == ["plan", "prepare", "transfer", "verify", "commit", "resume"]
+    assert run.serving() == ["first"]
+    assert run.all_hold(1)
+
+
+@pytest.mark.parametrize("in_flight", ["abort", "retract", "continue"])
+def test_every_engine_is_told_what_to_do_with_requests_under_way(start, in_flight):
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    run.load(1)
+    outcome = run.sender.sync("v", in_flight=in_flight)
+    assert outcome.committed
+    assert [engine.in_flight for engine in run.engines] == [in_flight] * 2
+    assert outcome.paused_s > 0
 
 
 def test_a_slow_transport_is_refused(start):

@@ -1,12 +1,14 @@
 """A real module as the engine: fused parameters get their parts, and a failure gives back what was there."""
 
-import test_push
+import fused_model
+import pytest
 import torch
+from fused_model import VOCAB, weights  # noqa: F401
 from parties import QUICK, TOKEN
-from test_push import VOCAB, weights  # noqa: F401
 
 from zerokl.weightsync.channel import WeightSender
-from zerokl.weightsync.live_model import LiveModel, named_layout
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.live_model import LiveModel, block_layout, named_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.sglang_loader import live_parameters
 from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
@@ -14,10 +16,13 @@ from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
 
 def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_path, weights):  # noqa: F811
     tmp_path.chmod(0o700)
-    model, calls = test_push.Model(), []
+    model, calls = fused_model.Model(), []
     before = {name: x.clone() for name, x in live_parameters(model).items()}
     engine = LiveModel(
-        model, pause=lambda: calls.append("pause"), flush=lambda: calls.append("flush"), resume=calls.append
+        model,
+        pause=lambda _: calls.append("pause"),
+        run=lambda action: [action(), calls.append("changed")],
+        resume=calls.append,
     )
     layout, buffers = named_layout(weights)
     source = WeightSource(tmp_path / "s", TOKEN, layout, 0, IpcSource(tmp_path))
@@ -35,7 +40,7 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
         calls.clear()
         outcome = sender.sync("v1")
         assert outcome.committed, outcome.cause
-        assert calls == ["pause", "flush", "v1"]
+        assert calls == ["pause", "changed", "v1"]
         live = live_parameters(model)
         assert live.keys() == weights.keys()
         assert all(torch.equal(live[name], x) for name, x in weights.items())
@@ -47,3 +52,28 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
         assert torch.equal(model.mlp.gate_up_proj(x)[0, :6], (x @ weights["mlp.gate_proj.weight"].T)[0])
     source.close()
     receiver.close()
+
+
+def test_a_model_that_is_not_in_cpu_memory_is_refused():
+    with pytest.raises(WeightSyncError, match="CPU memory only; the model is on meta"):
+        LiveModel(torch.nn.Linear(2, 2, device="meta"), pause=print, run=print, resume=print)
+
+
+def test_tensors_are_found_in_the_parameters_that_hold_their_parts():
+    """Rows of `q` and `k` that take turns in one parameter, as in a trainer's."""
+    fused, other = torch.arange(48).bfloat16().view(2, 3, 8), torch.zeros(5)
+    layout, buffers = block_layout(
+        {"qk": fused, "bias": other}, {"q": tuple(fused[:, :2]), "k": tuple(fused[:, 2:]), "b": (other,)}
+    )
+    assert {t.name: (t.shape, t.dtype) for t in layout.tensors} == {
+        "q": ((4, 8), "bfloat16"), "k": ((2, 8), "bfloat16"), "b": ((5,), "float32"),
+    }  # fmt: skip
+    pieces = [(p.tensor, p.box.top, p.box.bottom, p.buffer, p.offset) for p in layout.ranks[0].pieces]
+    assert pieces == [("q", 0, 2, "qk", 0), ("q", 2, 4, "qk", 48), ("k", 0, 1, "qk", 32), ("k", 1, 2, "qk", 80),
+                      ("b", 0, 5, "bias", 0)]  # fmt: skip
+    layout.check("trainer")
+    fused[0, 0, 0] = 7  # buffers are the parameters' own memory
+    assert buffers["qk"].view(torch.bfloat16)[0] == 7
+    for stray in (torch.zeros(2, 8), fused.transpose(0, 1), fused[:, 0]):
+        with pytest.raises(WeightSyncError, match=r"part of 'x' .* is no contiguous run of a parameter"):
+            block_layout({"qk": fused}, {"x": (stray,)})

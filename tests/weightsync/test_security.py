@@ -17,6 +17,7 @@ from parties import MODEL, TOKEN
 from zerokl.weightsync import messages as m
 from zerokl.weightsync import wire
 from zerokl.weightsync.channel import WeightSender
+from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout, LayoutError
 from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.plan import make_plan
@@ -105,6 +106,7 @@ PARSERS = {
     "greeting": lambda data: wire.decode(data, m.Hello),
     "join": lambda data: wire.decode(data, m.Join),
     "ipc": ipc.parse_export,
+    "ipc sizes": lambda data: ipc.parse_sizes({"rollout-0": data}, 0),
     "rdma": rdma.parse,
     "mooncake": mooncake.parse,
     "cuda_ipc": cuda_ipc.parse_export,
@@ -206,3 +208,19 @@ def test_a_weak_token_is_refused(tmp_path):
     threading.Thread(target=lambda: wire.Connection(theirs).send(m.Challenge(bytes(16)))).start()
     with pytest.raises(ValueError, match="at least 32 bytes"):
         wire.introduce(wire.Connection(ours), b"short", source=True, rank=0, deadline=time.monotonic() + 5)
+
+
+def test_a_token_file_that_others_can_read_is_refused(tmp_path):
+    path = tmp_path / "token"
+    token = wire.new_token(path)
+    assert len(token) == wire.TOKEN_BYTES
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert wire.read_token(path) == token
+    with pytest.raises(FileExistsError):
+        wire.new_token(path)
+    path.chmod(0o640)
+    with pytest.raises(WeightSyncError, match="mode 0600"):
+        wire.read_token(path)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(WeightSyncError, match="cannot read the token file"):
+        wire.read_token(tmp_path / "link")

@@ -17,7 +17,7 @@ from zerokl.weightsync.model_shape import ModelShape
 from zerokl.weightsync.plan import make_plan
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.transports import collective, delta, disk, ipc, rdma
-from zerokl.weightsync.transports.base import Job, TransferError
+from zerokl.weightsync.transports.base import Job, Room, TransferError
 
 NAMES = ["ipc", "rdma", "collective", "disk"]
 TRAINER, ROLLOUT = MegatronSizes(tp=2, pp=2, vocabulary_multiple=4), SglangSizes(tp=2, engines=2)
@@ -193,13 +193,12 @@ def memory_file(size, seals):
 
 
 def test_memory_that_could_still_change_or_has_another_size_is_refused():
-    export = ipc.Export("", bytes(16), 4096, {"b": (0, 64)})
-    assert ipc.map_export(memory_file(4096, ipc._SEALS), export, "t")["b"].numel() == 64
+    assert ipc.map_export(memory_file(4096, ipc._SEALS), 4096, "t").numel() == 4096
     for seals in (0, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE):
         with pytest.raises(TransferError, match="that it can still change"):
-            ipc.map_export(memory_file(4096, seals), export, "t")
-    with pytest.raises(TransferError, match="handed over 8192 bytes, announced were 4096"):
-        ipc.map_export(memory_file(8192, ipc._SEALS), export, "t")
+            ipc.map_export(memory_file(4096, seals), 4096, "t")
+    with pytest.raises(TransferError, match="handed over 8192 bytes, the plan has 4096"):
+        ipc.map_export(memory_file(8192, ipc._SEALS), 4096, "t")
 
 
 def test_memory_is_handed_only_to_who_knows_the_nonce(tmp_path):
@@ -207,12 +206,14 @@ def test_memory_is_handed_only_to_who_knows_the_nonce(tmp_path):
     job = Job(bytes(16), "v", make_plan(left, right), 0)
     source, target = ipc.IpcSource(tmp_path), ipc.IpcTarget()
     export = ipc.parse_export(source.prepare(job, trainer_buffers(MODEL, MegatronSizes(), 0, 1)))
-    serving = threading.Thread(target=source.transfer, args=(job, {}), daemon=True)
+    endpoints = {"rollout-0": target.prepare(job, Room(right.ranks[0].buffers))}
+    _, nbytes = ipc.arrange(job.plan, 0, endpoints)
+    serving = threading.Thread(target=source.transfer, args=(job, endpoints), daemon=True)
     serving.start()
     wrong = msgspec.structs.replace(export, nonce=bytes(16))
     with pytest.raises(TransferError, match="trainer-0 refused to hand over"):
-        target._fetch(job, "trainer-0", wrong)
-    assert target._fetch(job, "trainer-0", export).keys() == export.buffers.keys()
+        target._fetch(job, "trainer-0", wrong, nbytes)
+    assert target._fetch(job, "trainer-0", export, nbytes).numel() == nbytes
     serving.join(10)
     source.finish()
     assert list(tmp_path.glob("*.ipc")) == []

@@ -1,9 +1,10 @@
-"""`ipc`: both sides on one host. The sender exports its buffers in one sealed memory file; receivers map it.
+"""`ipc`: both sides on one host. The sender exports its weights in one sealed memory file; receivers map it.
 
 The file has no name and no path: its descriptor is handed over a UNIX socket to whoever knows the attempt's nonce. It
-is sealed before that: neither its size nor its bytes can change any more, so what was verified is what is served. Where
-a receiver's buffer is a run of the sender's it becomes a view of the mapping and nothing is copied at the receiver.
-CPU memory only.
+is sealed before that: neither its size nor its bytes can change any more, so what was verified is what is served. It is
+written in the receivers' form, fused parameters in one run, so a receiver's buffer is a view of the mapping and
+nothing is copied there; engines of one form share one copy. Only a buffer that several senders fill is copied at the
+receiver. CPU memory only.
 """
 
 from __future__ import annotations
@@ -15,37 +16,50 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import torch
 
 from zerokl.weightsync.digest import tensor_bytes
-from zerokl.weightsync.layout import Typed
+from zerokl.weightsync.layout import MAX_TENSOR_BYTES, Typed
 from zerokl.weightsync.messages import name_of
-from zerokl.weightsync.plan import Batch
+from zerokl.weightsync.plan import Copy, Plan
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
-from zerokl.weightsync.transports.copies import move, target_view, view
+from zerokl.weightsync.transports.copies import move, source_view, target_view
 
 ALIGNMENT = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _POLL_S = 0.05
 _CREDENTIALS = struct.Struct("3i")  # SO_PEERCRED: pid, uid, gid
 
+T = TypeVar("T")
+
+Sizes = dict[str, Annotated[int, msgspec.Meta(ge=0, le=MAX_TENSOR_BYTES)]]
+"""What a receiver announces: its buffers (name -> bytes)."""
+
 
 class Export(Typed, frozen=True):
-    """Where a sender's file is to be had, and what lies where in it (buffer -> offset, bytes)."""
+    """What a sender announces: where its file is to be had."""
 
     path: Annotated[str, msgspec.Meta(max_length=100)]
     nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Region(Typed, frozen=True):
+    """Part of the file: a receiver's ``whole`` buffer as it will lie there, or the sender's copies for a buffer that
+    others fill too, one after the other."""
+
+    offset: int
     nbytes: int
-    buffers: dict[str, tuple[int, int]]
+    whole: bool
+    copies: tuple[Copy, ...]
 
 
 class IpcSource:
-    """Exports the sender's buffers: one copy of each, into the file."""
+    """Exports the sender's weights: one copy of each byte, into the file."""
 
     name = "ipc"
 
@@ -54,28 +68,24 @@ class IpcSource:
         self._folder = folder
         self._socket: socket.socket | None = None
         self._path = folder / "none"
-        self._export = Export("", bytes(16), 0, {})
+        self._nonce = b""
         self._buffers: Buffers = {}
 
-    def prepare(self, job: Job, buffers: Buffers) -> bytes:
+    def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
         self.finish()
-        offset, places = 0, {}
-        for name in dict.fromkeys(copy.source_buffer for batch in job.sent() for copy in batch.copies):
-            places[name] = offset, buffers[name].numel()
-            offset += -(-buffers[name].numel() // ALIGNMENT) * ALIGNMENT
         self._path = self._folder / f"{secrets.token_hex(8)}.ipc"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self._path))
         self._path.chmod(0o600)
         self._socket.listen(128)
         self._socket.settimeout(_POLL_S)
-        self._buffers = buffers
-        self._export = Export(str(self._path), secrets.token_bytes(16), offset, places)
-        return msgspec.msgpack.encode(self._export)
+        self._buffers, self._nonce = buffers, secrets.token_bytes(16)
+        return msgspec.msgpack.encode(Export(str(self._path), self._nonce))
 
-    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:  # noqa: ARG002  (receivers come here)
-        waiting = {name_of(source=False, rank=batch.target) for batch in job.sent()}
-        file = _write(self._export, self._buffers)
+    def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
+        regions, nbytes = arrange(job.plan, job.rank, endpoints)
+        waiting = {name_of(source=False, rank=target) for target, _ in regions}
+        file = self._write(set(regions.values()), nbytes)
         try:
             while waiting:
                 job.check(", ".join(sorted(waiting)) + " to fetch the weights")
@@ -83,7 +93,7 @@ class IpcSource:
                 waiting.discard(name)
         finally:
             os.close(file)
-        return sum(size for _, size in self._export.buffers.values())
+        return sum(copy.nbytes for region in set(regions.values()) for copy in region.copies)
 
     def finish(self) -> None:
         if self._socket is not None:
@@ -91,6 +101,30 @@ class IpcSource:
             self._path.unlink(missing_ok=True)
             self._socket = None
         self._buffers = {}
+
+    def _write(self, regions: set[Region], nbytes: int) -> int:
+        """A sealed memory file with these regions; returns its descriptor.
+
+        Plain writes: full memory is an error then, not a signal. Raises TransferError if there is not enough.
+        """
+        file = os.memfd_create("zerokl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(file, nbytes)
+            self.fill(file, sorted(regions, key=lambda region: region.offset))
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            os.close(file)
+            raise TransferError(f"cannot export {nbytes} bytes of weights: {error.strerror}") from error
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def fill(self, file: int, regions: Sequence[Region]) -> None:
+        """Write every copy of the regions to its place in the file."""
+        for region in regions:
+            for copy, offset, pitch in placed(region):
+                _put(file, region.offset + offset, pitch, source_view(self._buffers, copy))
 
     def _hand_over(self, file: int) -> str:
         """Serve one caller, if there is one; returns its name, empty for nobody or a stranger."""
@@ -105,7 +139,7 @@ class IpcSource:
                 found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 asked = connection.recv(256)
                 same_user = _CREDENTIALS.unpack(found)[1] == os.getuid()
-                if not same_user or not hmac.compare_digest(asked[:16], self._export.nonce):
+                if not same_user or not hmac.compare_digest(asked[:16], self._nonce):
                     return ""
                 socket.send_fds(connection, [b"weights"], [file])
                 return asked[16:].decode(errors="replace")
@@ -123,60 +157,35 @@ class IpcTarget:
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
         self._room = room
-        return b""
+        return msgspec.msgpack.encode(room.sizes)
 
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> Arrived:
-        batches: dict[int, list[Batch]] = {}
-        for batch in job.received():
-            batches.setdefault(batch.source, []).append(batch)
-        exported = {}
-        for source in batches:
+        buffers: dict[str, torch.Tensor] = {}
+        copied = 0
+        for source in sorted({batch.source for batch in job.received()}):
             name = name_of(source=True, rank=source)
-            exported[source] = self._fetch(job, name, parse_export(endpoints.get(name, b"")))
-        buffers = {} if self._room.in_place else self._views(batches, exported)
-        ready, copied = set(buffers), 0
-        for source, parts in batches.items():
-            for copy in (copy for batch in parts for copy in batch.copies):
-                if copy.target_buffer in ready:
+            regions, nbytes = arrange(job.plan, source, endpoints)
+            exported = self._fetch(job, name, parse_export(endpoints.get(name, b"")), nbytes)
+            for (target, buffer), region in regions.items():
+                if target != job.rank:
+                    continue
+                data = exported[region.offset : region.offset + region.nbytes]
+                if region.whole and not self._room.in_place:
+                    buffers[buffer] = data
                     continue
                 job.check("the rest of the copies")
-                if copy.target_buffer not in buffers:
-                    buffers[copy.target_buffer] = self._room.get(copy.target_buffer)
-                origin = exported[source].get(copy.source_buffer)
-                if origin is None:
-                    raise TransferError(f"trainer-{source} did not export {copy.source_buffer!r}")
-                move(target_view(buffers, copy), view(origin, copy.source_offset, copy.source_pitch, copy))
-                copied += copy.nbytes
+                buffers[buffer] = self._room.get(buffer)
+                for copy, offset, pitch in placed(region):
+                    shape, strides = (copy.rows, copy.row_bytes), (pitch, 1)
+                    move(target_view(buffers, copy), data.as_strided(shape, strides, data.storage_offset() + offset))
+                    copied += copy.nbytes
         return Arrived(buffers, copied)
 
     def finish(self) -> None:
         """Nothing is held: mappings live as long as the tensors that view them."""
 
-    def _views(
-        self, batches: Mapping[int, list[Batch]], exported: Mapping[int, Mapping[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        """The buffers that are one run of bytes at one sender: views of its file."""
-        parts: dict[str, list[tuple[int, int, int, str, int]]] = {}
-        for source, held in batches.items():
-            for c in (copy for batch in held for copy in batch.copies):
-                run = c.target_offset, c.nbytes if c.rows == 1 else 0, source, c.source_buffer, c.source_offset
-                parts.setdefault(c.target_buffer, []).append(run)
-        found = {}
-        for name, runs in parts.items():
-            start, end = min(runs)[4], 0
-            whole = True
-            for offset, size, source, buffer, at in sorted(runs):
-                whole &= size > 0 and offset == end and at == start + end and (source, buffer) == min(runs)[2:4]
-                end = offset + size
-            if whole and end == self._room.sizes[name]:
-                _, _, source, buffer, at = min(runs)
-                origin = exported[source].get(buffer)
-                if origin is not None and at + end <= origin.numel():
-                    found[name] = origin[at : at + end]
-        return found
-
-    def _fetch(self, job: Job, name: str, export: Export) -> dict[str, torch.Tensor]:
-        """A sender's buffers, mapped."""
+    def _fetch(self, job: Job, name: str, export: Export, nbytes: int) -> torch.Tensor:
+        """A sender's file of ``nbytes``, mapped."""
         while True:
             job.check(f"{name} to hand over its weights")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -197,27 +206,69 @@ class IpcTarget:
                     raise TransferError(f"{name} does not hand over its weights: {error}") from error
             if said != b"weights" or len(files) != 1:
                 raise TransferError(f"{name} refused to hand over its weights")
-            return map_export(files[0], export, name)
+            return map_export(files[0], nbytes, name)
+
+
+def arrange(plan: Plan, source: int, endpoints: Mapping[str, bytes]) -> tuple[dict[tuple[int, str], Region], int]:
+    """What lies where in a sender's file, and its size: (target, buffer) -> region. Both sides compute it, from the
+    plan and from the sizes that the receivers announced. Raises TransferError where those do not fit the plan."""
+    copies: dict[tuple[int, str], list[Copy]] = {}
+    senders: dict[tuple[int, str], set[int]] = {}
+    for batch in plan.batches:
+        for copy in batch.copies:
+            place = batch.target, copy.target_buffer
+            senders.setdefault(place, set()).add(batch.source)
+            if batch.source == source:
+                copies.setdefault(place, []).append(copy)
+    announced = {target: parse_sizes(endpoints, target) for target in {target for target, _ in copies}}
+    known: dict[tuple[int, tuple[Copy, ...]], Region] = {}
+    regions, end = {}, 0
+    for (target, buffer), parts in copies.items():
+        whole = len(senders[target, buffer]) == 1
+        extent = max(c.target_offset + (c.rows - 1) * c.target_pitch + c.row_bytes for c in parts)
+        size = announced[target].get(buffer, 0) if whole else sum(copy.nbytes for copy in parts)
+        if whole and size < extent:
+            raise TransferError(f"{name_of(source=False, rank=target)} has {size} bytes in {buffer!r}, not {extent}")
+        key = size if whole else -1, tuple(parts)
+        if key not in known:
+            known[key] = Region(end, size, whole, key[1])
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        regions[target, buffer] = known[key]
+    return regions, end
+
+
+def placed(region: Region) -> Iterator[tuple[Copy, int, int]]:
+    """Every copy of a region with the offset of its first byte in it, and the bytes from row to row."""
+    end = 0
+    for copy in region.copies:
+        yield (copy, copy.target_offset, copy.target_pitch) if region.whole else (copy, end, copy.row_bytes)
+        end += copy.nbytes
 
 
 def parse_export(data: bytes) -> Export:
     """Decode what a sender announced. Raises TransferError for anything but a well-formed export."""
+    return _parse(data, Export)
+
+
+def parse_sizes(endpoints: Mapping[str, bytes], target: int) -> Sizes:
+    """Decode what a receiver announced. Raises TransferError for anything but names and sizes."""
+    return _parse(endpoints.get(name_of(source=False, rank=target), b""), Sizes)
+
+
+def _parse(data: bytes, kind: type[T]) -> T:
     try:
-        export = msgspec.msgpack.decode(data, type=Export)
+        return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TransferError(f"not an ipc export: {error}") from error
-    for name, (offset, size) in export.buffers.items():
-        if offset < 0 or size < 0 or offset + size > export.nbytes:
-            raise TransferError(f"buffer {name!r} at {offset}+{size} is outside the export of {export.nbytes} bytes")
-    return export
+        raise TransferError(f"not an ipc endpoint: {error}") from error
 
 
-def map_export(file: int, export: Export, name: str) -> dict[str, torch.Tensor]:
-    """Map a file and close its descriptor. Raises TransferError unless it has the announced size and is sealed."""
+def map_export(file: int, nbytes: int, name: str) -> torch.Tensor:
+    """Map a file, uint8 [nbytes], and close its descriptor. Raises TransferError unless it has that size and is
+    sealed."""
     try:
         size = os.fstat(file).st_size
-        if size != export.nbytes:
-            raise TransferError(f"{name} handed over {size} bytes, announced were {export.nbytes}")
+        if size != nbytes:
+            raise TransferError(f"{name} handed over {size} bytes, the plan has {nbytes}")
         if fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise TransferError(f"{name} handed over memory that it can still change")
         # private: torch wants writable memory, and nothing written here could reach the file
@@ -226,22 +277,20 @@ def map_export(file: int, export: Export, name: str) -> dict[str, torch.Tensor]:
         raise TransferError(f"{name} handed over no memory file: {error}") from error
     finally:
         os.close(file)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    return {buffer: whole[offset : offset + size] for buffer, (offset, size) in export.buffers.items()}
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _write(export: Export, buffers: Buffers) -> int:
-    """A sealed memory file with the buffers in it. Plain writes: full memory is an error then, not a signal."""
-    file = os.memfd_create("zerokl-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(file, export.nbytes)
-        for name, (offset, size) in export.buffers.items():
-            data = tensor_bytes(buffers[name])
-            done = 0
-            while done < size:
-                done += os.pwrite(file, data[done:], offset + done)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        os.close(file)
-        raise TransferError(f"cannot export {export.nbytes} bytes of weights: {error.strerror}") from error
-    return file
+def _put(file: int, offset: int, pitch: int, rows: torch.Tensor) -> None:
+    """Write uint8 [rows, row_bytes], its rows ``pitch`` bytes apart."""
+    if pitch == rows.shape[1] or len(rows) == 1:
+        _write(file, offset, rows)
+        return
+    for index, row in enumerate(rows):
+        _write(file, offset + index * pitch, row)
+
+
+def _write(file: int, offset: int, data: torch.Tensor) -> None:
+    left = tensor_bytes(data.contiguous())
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written

@@ -1,0 +1,134 @@
+"""Weight transfers of a run: where their participants meet, and the trainer's side of them.
+
+meeting = Meeting.in_folder(scratch)                 # once, before anything starts
+EngineConfig(..., transfer=meeting.transfer())       # each engine joins by itself
+with WeightLink(meeting, *block_layout(*policy.weight_blocks())) as link:
+    report = link.sync("7", timeout_s=60)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from zerokl.weightsync.channel import WeightSender
+from zerokl.weightsync.ends import source_end
+from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.layout import Layout
+from zerokl.weightsync.members import WeightSource
+from zerokl.weightsync.messages import InFlight
+from zerokl.weightsync.protocol import Deadlines, Outcome
+from zerokl.weightsync.transports.base import Buffers, Source
+from zerokl.weightsync.wire import new_token, read_token
+
+if TYPE_CHECKING:
+    from zerokl.alignment.sglang.config import Transfer
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A folder of this user alone with the coordinator's socket and the run's token. ``receivers``: engine ranks."""
+
+    folder: Path
+    transport: str = "ipc"
+    receivers: int = 1
+
+    @staticmethod
+    def in_folder(parent: Path, *, transport: str = "ipc", receivers: int = 1) -> Meeting:
+        """A new folder below ``parent``, whose path must be short: sockets lie in it."""
+        folder = parent / "weights"
+        folder.mkdir(mode=0o700)
+        new_token(folder / "token")
+        return Meeting(folder, transport, receivers)
+
+    @property
+    def address(self) -> Path:
+        return self.folder / "s"
+
+    @property
+    def token(self) -> bytes:
+        return read_token(self.folder / "token")
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """How many send and how many receive."""
+        return 1, self.receivers
+
+    def transfer(self) -> Transfer:
+        """What the engine is started with."""
+        from zerokl.alignment.sglang.config import Transfer
+
+        return Transfer(
+            str(self.address), str(self.folder / "token"),
+            ranks=self.ranks, transport=self.transport,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One completed transfer. ``copied_bytes``: copied by all participants together, ``copied_by_engines``: by the
+    engines alone; ``gb_per_s``: of the bytes' way; ``paused_s``: how long the engine did not serve."""
+
+    version: str
+    transport: str
+    bytes: int
+    copied_bytes: int
+    copied_by_engines: int
+    gb_per_s: float
+    paused_s: float
+
+
+class WeightLink:
+    """The trainer's side: the coordinator, and the one sending rank."""
+
+    def __init__(
+        self, meeting: Meeting, layout: Layout, buffers: Buffers, *, source: Source | None = None
+    ) -> None:  # fmt: skip
+        """``buffers``: the memory of the weights, read at every transfer. ``source``: another transport's end than the
+        meeting's (for fault injection)."""
+        self._meeting = meeting
+        self.watch: Callable[[str], None] = lambda _: None  # told every phase of a transfer as it begins
+        end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
+        self.sender = WeightSender(
+            meeting.address, meeting.token, sources=1, receivers=meeting.receivers,
+            observe=self._entered,
+        )  # fmt: skip
+        self._source = WeightSource(meeting.address, meeting.token, layout, 0, end)
+        self._source.buffers = buffers
+        self._source.start()
+
+    def sync(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> SyncReport:
+        """Give the engine the weights as they are now. Raises WeightSyncError, with the cause, if it did not come to
+        that: the engine serves what it served before, or nothing. TimeoutError if someone did not join in time."""
+        outcome = self.attempt(version, timeout_s=timeout_s, in_flight=in_flight)
+        if not outcome.committed or outcome.lost:
+            cause = outcome.cause or "; ".join(f"{name}: {why}" for name, why in outcome.lost.items())
+            raise WeightSyncError(f"weights {version!r} did not reach the engine: {cause}")
+        return SyncReport(
+            version, self._meeting.transport, outcome.bytes, outcome.copied_bytes, outcome.copied_by_engines,
+            outcome.gb_per_s, outcome.paused_s,
+        )  # fmt: skip
+
+    def attempt(
+        self, version: str, *, timeout_s: float, in_flight: InFlight = "abort", deadlines: Deadlines | None = None
+    ) -> Outcome:
+        """The same for who wants to know how it failed."""
+        self.sender.wait(timeout_s)
+        return self.sender.sync(version, in_flight=in_flight, deadlines=deadlines)
+
+    def _entered(self, phase: str) -> None:
+        self.watch(phase)
+
+    def close(self) -> None:
+        """Leave; engines keep what they serve."""
+        self.sender.close()
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
