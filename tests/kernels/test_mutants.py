@@ -65,7 +65,7 @@ def suite() -> None:
 
 
 def routed_tokens() -> None:
-    """A live choice, a replayed one and what they combine to, for as many tokens as it takes to see an order in bf16."""
+    """A live choice, a replayed one and what they combine to, for enough tokens to see an order in bf16."""
     logits = hashed(288, 16, seed=13).float() * 4
     bias = hashed(16, seed=14).float()
     chosen = kernels.router_topk(logits, 4, scoring="sigmoid", bias=bias)
