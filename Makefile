@@ -63,6 +63,7 @@ verify-matrix: install
 bench: install
 	$(BIN)/python -m pytest -q bench/kernels
 	$(BIN)/python -m zerokl.bench.linear_speed
+	$(BIN)/python -m zerokl.bench.collective_speed
 	$(BIN)/python -m zerokl.bench.megatron_speed
 	$(BIN)/python -m zerokl.bench.sglang_speed
 

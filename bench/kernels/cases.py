@@ -12,6 +12,8 @@ from torch.nn import functional
 from zerokl import kernels
 
 Call = Callable[[], object]
+CACHE_BYTES = 1 << 28
+"""More than any cache holds, of a CPU or a GPU."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,20 @@ def cases(device: torch.device) -> list[Speed]:
         *scores(device, width, vocab, (64, 4096) if gpu else (32, 256)),
         *experts(device, 2048 if gpu else 256, 2048 if gpu else 512, 768 if gpu else 256),
         *(case for m in rows for case in quantisers(device, m, inner)),
+        *(case for m in (1, batches[-1]) for case in quantised_linears(device, m, 2 * inner, width)),
     ]
 
 
 def linear(device: torch.device, m: int, n: int, k: int) -> Speed:
+    """Up to 4 rows every call takes another copy of the weight: as in a model, no cache holds it by then."""
     x, w = draw(m, k, device=device), draw(n, k, device=device)
+    copies = [w.clone() for _ in range(max(1, CACHE_BYTES // (2 * n * k)))] if m <= 4 else [w]
     at_fp32 = device.type == "cpu" and m >= 256  # a CPU's goal there is torch's fp32 rate
-    left, right = (x.float(), w.float()) if at_fp32 else (x, w)
+    left, rights = (x.float(), [w.float()]) if at_fp32 else (x, copies)
+    mine, theirs = itertools.cycle(copies), itertools.cycle(rights)
+    note = " cold" if m <= 4 else " fp32" if at_fp32 else ""
     return Speed(
-        "linear", f"{m}x{n}x{k}{' fp32' if at_fp32 else ''}", lambda: kernels.linear(x, w), lambda: left @ right.T,
+        "linear", f"{m}x{n}x{k}{note}", lambda: kernels.linear(x, next(mine)), lambda: left @ next(theirs).T,
         2.0 * n * k, 2.0 * m * n * k, 0.9,
     )  # fmt: skip
 
@@ -143,6 +150,8 @@ def scores(device: torch.device, width: int, vocab: int, rows: tuple[int, int]) 
     hidden, targets = draw(many, width, device=device), torch.arange(many, device=device)
     logits, seed = draw(few, vocab, device=device).float(), torch.arange(few, device=device)
     return [
+        Speed("embedding", f"{many}x{width}", lambda: kernels.embedding(targets, head),
+              lambda: functional.embedding(targets, head), 4.0 * many * width),
         Speed("selected_logprob", f"{many}x{vocab}x{width}",
               lambda: kernels.selected_logprob(hidden, head, targets, temperature=0.8),
               lambda: torch.log_softmax((hidden @ head.T).float() / 0.8, -1).gather(1, targets[:, None]),
@@ -185,6 +194,9 @@ def experts(device: torch.device, tokens: int, width: int, inner: int, count: in
     return [
         Speed("router_topk", f"{tokens}x{count} top {k}", lambda: kernels.router_topk(logits, k, scoring="softmax"),
               torch_router, 4.0 * tokens * count),
+        Speed("moe_permute", f"{tokens}x{k}x{width}", lambda: kernels.moe_permute(x, routing.indices, count),
+              lambda: x[torch.argsort(routing.indices.flatten(), stable=True) // k],
+              2.0 * tokens * (k + 1) * width),
         Speed("grouped_linear", f"{tokens * k}x{inner}x{width}",
               lambda: kernels.grouped_linear(rows, w, permutation.offsets), torch_grouped,
               2.0 * count * inner * width, 2.0 * tokens * k * inner * width),
@@ -195,7 +207,17 @@ def experts(device: torch.device, tokens: int, width: int, inner: int, count: in
 
 def quantisers(device: torch.device, m: int, inner: int) -> list[Speed]:
     x = draw(m, inner, device=device)
+    fp8, mx = kernels.quantize_fp8_block(x, block=(1, 128)), kernels.quantize_mxfp8(x)
+    int4 = kernels.quantize_int4_group(x, group=128)
     return [
+        Speed("dequantize_fp8_block", f"{m}x{inner}", lambda: kernels.dequantize_fp8_block(fp8),
+              lambda: _torch_scaled(fp8.codes, fp8.scales, 128), 3.0 * m * inner),
+        Speed("dequantize_mxfp8", f"{m}x{inner}", lambda: kernels.dequantize_mxfp8(mx),
+              lambda: _torch_scaled(mx.codes, mx.scales, 32), 3.0 * m * inner),
+        Speed("dequantize_int4_group", f"{m}x{inner}", lambda: kernels.dequantize_int4_group(int4),
+              lambda: _torch_scaled(_torch_nibbles(int4.codes), int4.scales, 128), 2.5 * m * inner),
+        Speed("fake_quantize_int4_group", f"{m}x{inner}", lambda: kernels.fake_quantize_int4_group(x, group=128),
+              lambda: _torch_fake_int4(x), 4.0 * m * inner),
         Speed("quantize_fp8_block", f"{m}x{inner}", lambda: kernels.quantize_fp8_block(x, block=(1, 128)),
               lambda: _torch_fp8(x, 128), 3.0 * m * inner),
         Speed("quantize_mxfp8", f"{m}x{inner}", lambda: kernels.quantize_mxfp8(x), lambda: _torch_fp8(x, 32),
@@ -203,6 +225,35 @@ def quantisers(device: torch.device, m: int, inner: int) -> list[Speed]:
         Speed("quantize_int4_group", f"{m}x{inner}", lambda: kernels.quantize_int4_group(x, group=128),
               lambda: _torch_int4(x), 2.5 * m * inner),
     ]  # fmt: skip
+
+
+def quantised_linears(device: torch.device, m: int, n: int, k: int) -> list[Speed]:
+    """Against torch's bf16 product on the weight that was quantised: what a user has without such a kernel."""
+    x, w = draw(m, k, device=device), draw(n, k, device=device)
+    fp8, mx = kernels.quantize_fp8_block(w, block=(128, 128)), kernels.quantize_mxfp8(w)
+    int4 = kernels.quantize_int4_group(w, group=32)
+    flops, shape = 2.0 * m * n * k, f"{m}x{n}x{k}"
+    return [
+        Speed("fp8_linear", shape, lambda: kernels.fp8_linear(x, fp8), lambda: x @ w.T, 1.0 * n * k, flops),
+        Speed("mxfp8_linear", shape, lambda: kernels.mxfp8_linear(x, mx), lambda: x @ w.T, 1.0 * n * k, flops),
+        Speed("int4_linear", shape, lambda: kernels.int4_linear(x, int4), lambda: x @ w.T, 0.5 * n * k, flops),
+    ]  # fmt: skip
+
+
+def _torch_scaled(codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    groups = codes.float().reshape(len(codes), -1, block)
+    return (groups * scales.float()[..., None]).reshape(len(codes), -1).bfloat16()
+
+
+def _torch_nibbles(words: torch.Tensor) -> torch.Tensor:
+    shifts = 4 * torch.arange(8, device=words.device, dtype=torch.int32)
+    return ((words[..., None] >> shifts & 15) - 8).reshape(len(words), -1)
+
+
+def _torch_fake_int4(x: torch.Tensor) -> torch.Tensor:
+    groups = x.float().reshape(len(x), -1, 128)
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp(min=1e-5)
+    return ((groups / scale).round().clamp(-8, 7) * scale).reshape(len(x), -1).bfloat16()
 
 
 def _torch_fp8(x: torch.Tensor, block: int) -> object:

@@ -89,17 +89,22 @@ def rows_of_tile(
 
 
 @triton.jit
-def add_weighted(weight, seen, value, acc):
-    """acc [R, D] + bf16(weight [R, N]) value [N, D]; a row that sees a value which is not finite becomes NaN (R0).
-
-    Without this an unseen NaN would count: its weight is 0, and 0 NaN is NaN.
-    """
+def only_finite(value):
+    """(value [N, D] with zeros for what is not finite, which of its rows held such a thing [N])."""
     bits = value.to(tl.uint16, bitcast=True)
     special = (bits & 0x7F80) == 0x7F80
-    bad = tl.max(special.to(tl.int32), axis=1)
-    touched = tl.max(tl.where(seen, bad[None, :], 0), axis=1)
-    acc = tl.where(touched[:, None] > 0, float("nan"), acc)
-    value = tl.where(special, 0, bits).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    bad = tl.max(special.to(tl.int32), axis=1) > 0
+    return tl.where(special, 0, bits).to(tl.uint16).to(tl.bfloat16, bitcast=True), bad
+
+
+@triton.jit
+def add_weighted(weight, seen, value, bad, acc):
+    """acc [R, D] + bf16(weight [R, N]) value [N, D], value and bad from :func:`only_finite`.
+
+    A row that sees a bad value becomes NaN, for such a value's weight does; one that does not stays clean (R0), where
+    0 NaN would be NaN. A row whose weights are all 0 keeps its acc: a step of zeros adds nothing (R1).
+    """
+    weight = tl.where(seen & bad[None, :], float("nan"), weight)
     return tl.dot(to_bf16(weight), value, acc)
 
 
@@ -162,16 +167,17 @@ def attend(
             slot = first + key
         slot = slot * kv_heads + kv
         k = load_rows(k_ptr, slot, there, D, D_PAD)
-        v = load_rows(v_ptr, slot, there, DV, DV_PAD)
+        v, bad = only_finite(load_rows(v_ptr, slot, there, DV, DV_PAD))
         seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
         any_seen = (block < end) & (block + BLOCK > begin)
         t = tl.where(seen, tl.dot(q, tl.trans(k)) * c, -_INF)
         top = tl.maximum(m, tl.max(t, axis=1))
-        base = tl.where(any_seen, top, 0.0)
+        # a row that sees none of the block keeps its state: it shrinks by exactly 1 and adds zeros
+        base = tl.where(any_seen | (top != -_INF), top, 0.0)
         shrink = exp2(m - base)
         p = exp2(t - base[:, None])
-        mass = tl.where(any_seen, tl.fma(mass, shrink, fold(p, ROWS, BLOCK)), mass)
-        o = tl.where(any_seen[:, None], add_weighted(p, seen, v, o * shrink[:, None]), o)
+        mass = tl.fma(mass, shrink, fold(p, ROWS, BLOCK))
+        o = add_weighted(p, seen, v, bad, o * shrink[:, None])
         m = top
     return m, mass, o
 

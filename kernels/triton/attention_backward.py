@@ -16,6 +16,7 @@ from ._attention import (
     find_tile,
     head_dims,
     load_rows,
+    only_finite,
     rows_of_tile,
     score_factor,
     store_rows,
@@ -112,11 +113,11 @@ def query_gradient_kernel(
         slot = (first + key) * kv_heads + tl.program_id(1)
         k = load_rows(k_ptr, slot, key < keys, D, D_PAD)
         v = load_rows(v_ptr, slot, key < keys, DV, DV_PAD)
+        finite_k, bad_k = only_finite(k)
         seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
         p = exp2(tl.dot(q, tl.trans(k)) * c - lse)
         ds = tl.where(seen, (p * (tl.dot(dout, tl.trans(v)) - delta)) * scale, 0.0)
-        any_seen = (block < end) & (block + BLOCK > begin)
-        dq = tl.where(any_seen[:, None], add_weighted(ds, seen, k, dq), dq)
+        dq = add_weighted(ds, seen, finite_k, bad_k, dq)
     store_rows(dq_ptr, index, dq, real, D, D_PAD)
 
 
@@ -166,18 +167,19 @@ def key_gradient_kernel(
         query = row // group
         real = query < keys
         begin, end = visible(query, keys, CAUSAL, window)
+        end = tl.where(real, end, 0)
         index = (first + query) * (kv_heads * group) + kv * group + row % group
         q = load_rows(q_ptr, index, real, D, D_PAD)
         dout = load_rows(dout_ptr, index, real, DV, DV_PAD)
+        finite_q, bad_q = only_finite(q)
+        finite_dout, bad_dout = only_finite(dout)
         lse = tl.load(lse_ptr + index, mask=real, other=0.0)[None, :]
         delta = tl.load(delta_ptr + index, mask=real, other=0.0)[None, :]
-        seen = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :]) & real[None, :]
-        seen = seen & (key < keys)[:, None]
+        seen = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
         p = tl.where(seen, exp2(tl.dot(k, tl.trans(q)) * c - lse), 0.0)
         ds = tl.where(seen, (p * (tl.dot(v, tl.trans(dout)) - delta)) * scale, 0.0)
-        any_seen = tl.max(seen.to(tl.int32), axis=1) > 0
-        dv = tl.where(any_seen[:, None], add_weighted(p, seen, dout, dv), dv)
-        dk = tl.where(any_seen[:, None], add_weighted(ds, seen, q, dk), dk)
+        dv = add_weighted(p, seen, finite_dout, bad_dout, dv)
+        dk = add_weighted(ds, seen, finite_q, bad_q, dk)
     store_rows(dk_ptr, slot, dk, key < keys, D, D_PAD)
     store_rows(dv_ptr, slot, dv, key < keys, DV, DV_PAD)
 

@@ -79,15 +79,19 @@ def split_config(tokens: int, heads: int, kv_heads: int, v_dim: int, sequences: 
 
 
 def query_gradient_config(dim: int, v_dim: int) -> AttentionConfig:
-    """One fp32 gradient of [rows, dim] is alive."""
+    """One fp32 gradient of [rows, dim] is alive. A warp takes 16 rows: fewer would be computed twice."""
     widest = max(dim, v_dim)
-    return AttentionConfig(64 if widest <= 128 else 32, 4 if widest <= 64 else 8, 2)
+    if widest <= 64:
+        return AttentionConfig(64, 4, 2)
+    return AttentionConfig(128 if widest <= 128 else 32, 8, 2)
 
 
 def key_gradient_config(dim: int, v_dim: int) -> KeyGradientConfig:
-    """Fp32 gradients of [keys, dim] and [keys, v_dim] are alive."""
+    """Fp32 gradients of [keys, dim] and [keys, v_dim] are alive, so 128 keys leave room for few rows."""
     widest = max(dim, v_dim)
-    return KeyGradientConfig(64 if widest <= 128 else 32, 32, 4 if widest <= 64 else 8, 2)
+    if widest <= 64:
+        return KeyGradientConfig(64, 32, 4, 2)
+    return KeyGradientConfig(128, 16, 8, 2) if widest <= 128 else KeyGradientConfig(32, 32, 8, 2)
 
 
 def delta_config() -> AttentionConfig:

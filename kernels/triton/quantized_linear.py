@@ -143,6 +143,20 @@ def int4_linear_kernel(
     _finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS, ROUND)
 
 
+def check_fp8_steps(device: torch.device) -> None:
+    """RuntimeError for a GPU whose e4m3 matrix steps are not those of the contract: wgmma and tcgen05, never mma.sync.
+
+    Capability 8.0 has none, 8.9 and 12.x have ``mma.sync`` alone.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    if not 9 <= major < 12:
+        raise RuntimeError(
+            f"zerokl.kernels.fp8_linear: {device} has compute capability {major}.{minor}, without the e4m3 matrix "
+            "steps of the contract (wgmma, tcgen05); supported: 9.0 to 11.x. mxfp8_linear, int4_linear and linear need "
+            "bf16 steps only"
+        )
+
+
 def scaled_linear(
     x: torch.Tensor,
     x_scales: torch.Tensor,
@@ -157,6 +171,8 @@ def scaled_linear(
     (n, k), m = w.shape, x.numel() // w.shape[1]
     if (block, w_rows) not in ((contract.FP8_BLOCK, contract.FP8_BLOCK), (contract.MX_BLOCK, 1)):
         raise ValueError(f"zerokl::scaled_linear: block={block}, w_rows={w_rows}; supported on CUDA: 128, 128 or 32, 1")
+    if w_rows > 1 and x.is_cuda:
+        check_fp8_steps(x.device)
     if m == 0 or n == 0:
         return
     config = scaled_linear_config(m)

@@ -3,6 +3,8 @@
 A mutant that survives means that the data of the suite does not exercise its rule.
 """
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,62 @@ def suite() -> None:
     y[position[:, 1]] = -y[position[:, 0]]
     together = kernels.moe_combine(y, permutation, mix, shared=shared)
     assert_same_bits(together, moe.combine(f32(y), position, f32(mix), f32(shared)), "combine")
+    routed_tokens()
+    gradients()
+
+
+def routed_tokens() -> None:
+    """A live choice, a replayed one and what they combine to, for enough tokens to see an order in bf16."""
+    logits = hashed(288, 16, seed=13).float() * 4
+    bias = hashed(16, seed=14).float()
+    chosen = kernels.router_topk(logits, 4, scoring="sigmoid", bias=bias)
+    again = kernels.router_topk(logits, 4, scoring="sigmoid", bias=bias, replay=chosen.indices)
+    for routing, replay in ((chosen, None), (again, chosen.indices.numpy())):
+        expected = route(f32(logits), 4, bias=f32(bias), replay=replay)
+        assert routing.indices.tolist() == expected[1].tolist(), "live or replayed choice"
+        assert_same_bits(routing.weights, expected[0], "live weights of the choice")
+    weights, indices = route(f32(logits), 4, bias=f32(bias))
+    y, shared = hashed(288 * 4, 24, seed=15), hashed(288, 24, seed=16)
+    _, permutation = kernels.moe_permute(shared, chosen.indices, 16)
+    out = kernels.moe_combine(y, permutation, chosen.weights, shared=shared)
+    position = moe.permute(indices, 16)[2]
+    assert_same_bits(out, moe.combine(f32(y), position, weights, f32(shared)), "combination of 288 tokens")
+
+
+def route(logits, k, *, bias, replay=None):
+    """(weights, indices) of all rows; what a mutant breaks is how rows, biases and records are fed to the router."""
+    rows = [
+        moe.router_row(z, k, scoring="sigmoid", bias=bias, replay=None if replay is None else replay[t])
+        for t, z in enumerate(logits)
+    ]
+    return np.stack([w for w, _ in rows]), np.stack([i for _, i in rows])
+
+
+def gradients() -> None:
+    """What GPU libraries add with atomics: gradients of weights, of an embedding, of queries and keys."""
+    x, w, dy = hashed(70, 24, seed=17), hashed(9, 24, seed=18).requires_grad_(), hashed(70, 9, seed=19)
+    w.main_grad = hashed(9, 24, seed=20).float()
+    expected = linear.linear_backward(f32(x), f32(w), f32(dy), f32(w.main_grad))[1]
+    kernels.linear(x, w).backward(dy)
+    assert_same_bits(w.main_grad, expected, "dW")
+    dy = hashed(70, 9, seed=19, kind="wide")
+    ids, table = torch.arange(70) * 5 % 3, hashed(3, 9, seed=21).requires_grad_()
+    table.main_grad = torch.zeros(3, 9)
+    expected = linear.embedding_backward(ids.numpy(), f32(dy), f32(table.main_grad))
+    kernels.embedding(ids, table).backward(dy)
+    assert_same_bits(table.main_grad, expected, "embedding dW")
+    q, k, v = (hashed(20, 1, 16, seed=s) for s in (22, 23, 24))
+    # two keys whose shares of dQ cancel: what was added before them loses its low bits
+    v[4] *= 2.0**20
+    k[5], v[5] = k[4], -v[4]
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    dout, cu = hashed(20, 1, 16, seed=25), torch.tensor([0, 20], dtype=torch.int32)
+    found = torch.autograd.grad(kernels.attention_varlen(q, k, v, cu, scale=0.25), (q, k, v), dout)
+    arrays = [f32(t) for t in (q, k, v)]
+    out, lse = attention.attention(*arrays, scale=0.25)
+    wanted = attention.attention_backward(*arrays, out, lse, f32(dout), scale=0.25)
+    for name, a, b in zip(("dQ", "dK", "dV"), found, wanted, strict=True):
+        assert_same_bits(a, b, name)
 
 
 def plain_chain(a, b, start=None, *, order=None, round_every=0, step=arith.fma_flushed):
@@ -120,13 +178,75 @@ def shared_first(y, position, weights, shared=None):
     return arith.bf16(total)
 
 
+def arrival(terms):
+    """Terms in the order in which four workers, a share each, get to add them: drawn, as atomics would have it."""
+    shares = np.array_split(np.arange(terms), 4)
+    return np.concatenate([shares[worker] for worker in np.random.default_rng(0).permutation(4)])
+
+
+def atomic_dw(x, w, dy, dw):
+    order = arrival(len(x))
+    return linear_backward(x, w, dy, dw)[0], linear_backward(x[order], w, dy[order], dw)[1]
+
+
+def atomic_embedding(ids, dy, dw):
+    order = arrival(len(ids))
+    return embedding_backward(ids[order], dy[order], dw)
+
+
+def atomic_combine(y, position, weights, shared=None):
+    """Experts add their rows when they are done."""
+    order = arrival(position.shape[1])
+    return combine(y, position[:, order], weights[:, order], shared)
+
+
+def atomic_dq(q, k, v, out, lse, dout, *, scale):
+    """Blocks of keys add their share of one head's dQ; dK and dV are right."""
+    _, dk, dv = attention_backward(q, k, v, out, lse, dout, scale=scale)
+    dq = np.zeros_like(q)
+    for i in range(len(q)):
+        seen, delta = (k[: i + 1, 0], v[: i + 1, 0]), attention._delta(out[i, 0], dout[i, 0])
+        c = F32(scale) * arith.LOG2E
+        _, ds = attention._score_gradients(q[i, 0], *seen, delta, lse[i, 0], dout[i, 0], c, scale)
+        for j in arrival(len(k)):
+            if j <= i:
+                dq[i, 0] = arith.fma(ds[j], k[j, 0], dq[i, 0])
+    return arith.bf16(dq), dk, dv
+
+
+ATOMICS = {
+    "dW": {"linear_backward": atomic_dw},
+    "embedding": {"embedding_backward": atomic_embedding},
+    "combine": {"combine": atomic_combine},
+    "dQ": {"attention_backward": atomic_dq},
+}
+
+
+def slots_swapped(logits, k, **options):
+    """The first two experts get each other's weights."""
+    weights, indices = router_row(logits, k, **options)
+    return weights[[1, 0, *range(2, k)]], indices
+
+
+def stale_bias(logits, k, *, bias, **options):
+    """The bias of an earlier step."""
+    return router_row(logits, k, bias=np.roll(bias, 1), **options)
+
+
+def records_shifted(logits, k, *, replay=None, **options):
+    """Every token replays the experts of the token after it."""
+    return live_route(logits, k, replay=None if replay is None else np.roll(replay, 1, axis=0), **options)
+
+
 def biased_weights(logits, k, **options):
     p = (moe.scores(logits, "softmax") + options["bias"]).astype(F32)
     indices = moe.select(p, k, None)
     return (p[indices] / moe._chain_sum(p[indices])).astype(F32), indices
 
 
-chain, combine = arith.chain, moe.combine
+chain, combine, router_row, live_route = arith.chain, moe.combine, moe.router_row, route
+linear_backward, embedding_backward = linear.linear_backward, linear.embedding_backward
+attention_backward = attention.attention_backward
 MUTANTS = {
     "split-K": {"chain": split_k},
     "descending k": {"chain": lambda a, b, s=None: plain_chain(a, b, s, order=lambda n: range(n - 1, -1, -1))},
@@ -146,7 +266,11 @@ MUTANTS = {
     "ties to the later expert": {"_descending": later_index_first},
     "slots in descending order": {"combine": slots_descending},
     "shared expert first": {"combine": shared_first},
-    "stale bias in the weights": {"router_row": biased_weights},
+    "bias in the weights": {"router_row": biased_weights},
+    "stale bias": {"router_row": stale_bias},
+    "slots swapped": {"router_row": slots_swapped},
+    "records of the next token": {"route": records_shifted},
+    **{f"atomics order: {name}": mutant for name, mutant in ATOMICS.items()},
 }
 
 
@@ -154,12 +278,25 @@ def test_the_unbroken_reference_passes():
     suite()
 
 
+def plant(monkeypatch, mutant):
+    """Put the wrong functions where the reference, or what feeds it here, looks them up."""
+    for attribute, wrong in mutant.items():
+        owners = [module for module in MODULES if hasattr(module, attribute)] or [sys.modules[__name__]]
+        assert hasattr(owners[0], attribute), attribute
+        for module in owners:
+            monkeypatch.setattr(module, attribute, wrong)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_caught(monkeypatch, name):
-    for attribute, mutant in MUTANTS[name].items():
-        owners = [module for module in MODULES if hasattr(module, attribute)]
-        assert owners, attribute
-        for module in owners:
-            monkeypatch.setattr(module, attribute, mutant)
+    plant(monkeypatch, MUTANTS[name])
     with pytest.raises(AssertionError):
         suite()
+
+
+def test_of_atomics_the_order_is_caught(monkeypatch):
+    """Workers that arrive one after the other pass: nothing else is wrong with those mutants."""
+    monkeypatch.setattr(sys.modules[__name__], "arrival", np.arange)
+    for mutant in ATOMICS.values():
+        plant(monkeypatch, mutant)
+    suite()

@@ -61,6 +61,16 @@ def test_equals_exact_rationals(instruction, spread):
         assert_same_bits(ours[tile], expected, instruction)
 
 
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("instruction", [name for name in STEPS if name.endswith("bf16")])
+def test_a_step_of_zeros_changes_nothing(instruction, spread):
+    """What attention's kernels build on: a row that sees none of a block's keys keeps its sum, subnormals too."""
+    step = STEPS[instruction]
+    a, b, c = tiles(step, 64 * 16 // step.rows, SPREADS[spread], seed=4)
+    c[0, :4] = torch.tensor([2.0**-149, -(2.0**-130), 3.0e38, float("inf")])[:, None]
+    assert_same_bits(kernels.matrix_step(torch.zeros_like(a), b, c, instruction=instruction), c + 0.0, instruction)
+
+
 @pytest.mark.parametrize("instruction", STEPS)
 def test_special_values(instruction):
     """NaN, Inf and overflow as the published model has them, subnormals kept; a row reaches its own outputs only."""

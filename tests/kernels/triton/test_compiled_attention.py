@@ -83,14 +83,17 @@ def key_gradient(dim, v_dim):
 
 # name: (case of a capability, matrix instruction, bytes of stack and local accesses in the loop on sm_90 and sm_100)
 MATRIX_CASES = {
-    "prefill_128": (forward(4096, 128, 128), "best", (240, 208), (0, 0)),
-    "prefill_192_128_sinks": (forward(4096, 192, 128, sinks=True), "best", (320, 416), (0, 4)),
-    "prefill_256": (forward(4096, 256, 256), "mma", (160, 248), (0, 0)),
+    "prefill_64": (forward(4096, 64, 64), "best", (16, 0), (0, 0)),
+    "prefill_128": (forward(4096, 128, 128), "best", (64, 24), (0, 0)),
+    "prefill_192_128_sinks": (forward(4096, 192, 128, sinks=True), "best", (136, 240), (0, 0)),
+    "prefill_256": (forward(4096, 256, 256), "mma", (72, 80), (0, 0)),
     "decode_80_sinks": (forward(1, 80, 80, paged=True, sinks=True), "mma", (0, 0), (0, 0)),
     "segment_128": (segment(128, 128), "mma", (0, 0), (0, 0)),
-    "query_gradient_128": (query_gradient(128, 128), "best", (24, 0), (0, 0)),
+    "query_gradient_64": (query_gradient(64, 64), "best", (0, 0), (0, 0)),
+    "query_gradient_128": (query_gradient(128, 128), "best", (0, 0), (0, 0)),
     "query_gradient_256": (query_gradient(256, 256), "mma", (0, 0), (0, 0)),
-    "key_gradient_128": (key_gradient(128, 128), "best", (104, 0), (14, 0)),
+    "key_gradient_64": (key_gradient(64, 64), "best", (0, 0), (0, 0)),
+    "key_gradient_128": (key_gradient(128, 128), "best", (0, 0), (0, 0)),
     "key_gradient_192_128": (key_gradient(192, 128), "mma", (0, 0), (0, 0)),
 }
 
@@ -143,7 +146,16 @@ def test_products(name, capability, tmp_path):
     assert local_accesses(tmp_path / "kernel.cubin") <= loop[newer]
 
 
-STACK_ON_80 = {"prefill_128": 928, "prefill_192_128_sinks": 904, "prefill_256": 248}
+STACK_ON_80 = {
+    "prefill_64": 640,
+    "prefill_128": 792,
+    "prefill_192_128_sinks": 744,
+    "prefill_256": 88,
+    "query_gradient_64": 3064,
+    "query_gradient_128": 112,
+    "key_gradient_64": 32,
+    "key_gradient_128": 136,
+}
 """What spills on sm_80, for which no tile is chosen: the backend refuses it."""
 
 

@@ -1,6 +1,6 @@
 """The quantisers and the linear layers on codes, compiled offline: the checks of ``test_compiled.py``, and theirs.
 
-fp8 products not for sm_80, which has no fp8 matrix step.
+fp8 products for sm_90 and sm_100 alone: elsewhere the backend refuses them, and here is what they would become.
 """
 
 import re
@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from test_compiled import Case, check_ptx
+from triton.compiler.errors import CompilationError
 
 from zerokl.kernels import contract
 from zerokl.kernels.triton import quantize, quantized_linear
@@ -95,6 +96,16 @@ def test_products_on_sm_80(name, m, tmp_path):
     steps = re.findall(r"mma\.sync\.\S+", check_ptx(product(name, m), 80, tmp_path))
     assert steps
     assert all("m16n8k16" in step and "bf16.bf16" in step for step in steps)
+
+
+def test_why_fp8_products_are_refused_elsewhere():
+    """sm_80 has no such step, and that of sm_89 and sm_120 is ``mma.sync``, which the contract excludes."""
+    with pytest.raises(CompilationError, match="fp8e4nv not supported in this architecture"):
+        product("fp8", 4096).compile(80)
+    for capability in (89, 120):
+        ptx = product("fp8", 4096).compile(capability).asm["ptx"]
+        assert re.search(r"\bmma\.sync\.\S*e4m3", ptx)
+        assert not re.search(r"wgmma|tcgen05", ptx)
 
 
 @each_capability

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import zerokl.kernels.triton as backend
 from zerokl import kernels
-from zerokl.kernels.triton import KERNELS, check_capability, register
+from zerokl.kernels.triton import KERNELS, check_capability, quantized_linear, register
 
 CPU_ONLY = {
     "cast_e4m3", "exp2", "log2", "matrix_step", "set_isa",
@@ -74,3 +74,30 @@ def test_older_gpus_are_refused(monkeypatch):
     check_capability(1)
     check_capability(2)
     check_capability.cache_clear()
+
+
+def fake_codes(k: int, w_rows: int):
+    """Arguments of scaled_linear up to y, in form; no kernel may touch them."""
+    x, w = torch.zeros(3, k, dtype=torch.uint8), torch.zeros(2, k, dtype=torch.uint8)
+    block = 128 if w_rows > 1 else 32
+    return x, torch.zeros(3, k // block), w, torch.zeros(2, k // block), block, w_rows, None, torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 3), (11, 0), (12, 0)])
+def test_fp8_needs_the_steps_of_the_contract(monkeypatch, capability):
+    """Blocks of fp8 are refused before a launch where the GPU has no such steps; MX blocks need none of them."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(grid)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(quantized_linear, "scaled_linear_kernel", Kernel())
+    quantized_linear.scaled_linear(*fake_codes(256, 1))
+    assert len(launched) == 1
+    refused = "fp8_linear: cpu has compute capability .* supported: 9.0 to 11.x. mxfp8_linear, int4_linear and linear "
+    with nullcontext() if 9 <= capability[0] < 12 else pytest.raises(RuntimeError, match=refused):
+        quantized_linear.scaled_linear(*fake_codes(256, 128))
+    assert len(launched) == 1 + (9 <= capability[0] < 12)
