@@ -277,6 +277,8 @@ def compare(outcome: Outcome, reference: Outcome, every: Callable[[float], list[
             expected = take(whole[held[name][0].name], held[name])
             if not torch.equal(mine.view(torch.int32), expected.contiguous().view(torch.int32)):
                 worst = max(worst, float((mine - expected).norm() / whole[held[name][0].name].norm()))
+    norms = every(outcome.norm)
+    assert len(set(norms)) == 1, f"ranks would clip by different norms: {norms}"
     return {
         "tokens": int(sum(every(tokens))),
         "mismatched_tokens": int(sum(every(mismatched))),

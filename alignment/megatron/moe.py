@@ -112,21 +112,21 @@ class MoE(MegatronModule):
         """bf16 [T, 1, H] -> the same shape, and no bias."""
         if padding_mask is not None:
             raise NotImplementedError("MoE: padding_mask is not supported; sequences are packed")
-        shared = None if self.shared_experts is None else self.shared_experts(hidden_states)[0]
-        if self.config.sequence_parallel:
-            return self.routed(hidden_states, shared), None
-        own = regions.split_tokens(hidden_states, self.tensor_group)
-        shared = None if shared is None else regions.split_tokens(shared, self.tensor_group)
-        return regions.gather_tokens(self.routed(own, shared), self.tensor_group), None
-
-    def routed(self, hidden_states: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
-        """bf16 [t, 1, H] of this rank's tokens -> the same shape: their experts' outputs and ``shared`` combined."""
-        x = hidden_states.flatten(0, 1)  # its gradient adds the router's and the rows' before the shared experts' joins
+        parallel = self.config.sequence_parallel
+        own = hidden_states if parallel else regions.split_tokens(hidden_states, self.tensor_group)
+        x = own.flatten(0, 1)  # its gradient adds the router's and the rows' before the shared experts' joins
         routing = self.route(kernels.linear(x, self.router.weight, out_dtype=torch.float32))
         rows, permutation = kernels.moe_permute(x, routing.indices, self.rules.experts)
         y = self.compute(rows, permutation.offsets)
-        shared = None if shared is None else shared.flatten(0, 1)
-        return kernels.moe_combine(y, permutation, routing.weights, shared=shared).view_as(hidden_states)
+        combined = kernels.moe_combine(y, permutation, routing.weights, shared=self.shared(hidden_states)).view_as(own)
+        return combined if parallel else regions.gather_tokens(combined, self.tensor_group), None
+
+    def shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """bf16 [t, H]: what the shared experts, if any, make of the tokens that this rank routes."""
+        if self.shared_experts is None:
+            return None
+        y = self.shared_experts(hidden_states)[0]
+        return (y if self.config.sequence_parallel else regions.split_tokens(y, self.tensor_group)).flatten(0, 1)
 
     def compute(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """bf16 [R, H], rows grouped by all experts at ``offsets`` -> the same shape, whatever ranks hold them."""
