@@ -3,7 +3,7 @@
 The hooks sit on module *instances* of the engine's own model: SGLang's layer classes stay as they are, and an engine
 that did not ask for zerokl is untouched. Every module of the model must be of a type listed here, so a model with an
 unknown layer is refused instead of half bound. Every hook counts its calls: a forward pass makes an exact number of
-them, and `report.check_report` refuses an engine whose counts differ after its warm-up.
+them, and `report.check_reports` refuses an engine whose counts differ after its warm-up.
 """
 
 from __future__ import annotations

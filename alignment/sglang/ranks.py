@@ -7,6 +7,7 @@ which SGLang still calls, finds a whole value and hands it on (`Ranks.replace_su
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +46,16 @@ class Ranks:
 
     def gathered(self, value: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's value, in rank order. Every rank must call it."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._coordinator.cpu_group)
-        return values
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)  # not as objects: no pickle
+        sizes = self._all(torch.tensor([len(text)]))
+        longest = max(map(int, sizes))
+        texts = self._all(torch.cat([text, text.new_zeros(longest - len(text))]))
+        return [json.loads(padded[: int(size)].numpy().tobytes()) for padded, size in zip(texts, sizes, strict=True)]
+
+    def _all(self, x: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x, group=self._coordinator.cpu_group)
+        return parts
 
     def replace_sums(self, met: Hook, left: Hook) -> None:
         """Count the sums over ranks in ``met``, and in ``left`` SGLang's own, which then have nothing to add."""

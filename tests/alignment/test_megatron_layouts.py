@@ -69,6 +69,9 @@ def test_the_table_names_every_row(rows):
     lines = layouts.table(list(rows.values()))
     assert len(lines) == len(rows) + 1
     assert "TP 4, sequence parallel" in "\n".join(lines)
+    engines = {"model": "llama", "layout": "SGLang TP 2, segments 2", "tokens": 384, "mismatched_tokens": 0}
+    (line,) = layouts.table([engines | {"gradient": None}])[1:]  # a comparison of two engines has no gradient
+    assert line.split() == ["llama", "SGLang", "TP", "2,", "segments", "2", "384", "0"]
 
 
 def test_the_comparison_can_fail(rows):
