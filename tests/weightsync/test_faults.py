@@ -12,6 +12,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from parties import eventually
 from processes import Run
 
 STEPS = ["plan", "prepare", "transfer", "verify", "commit", "resume"]
@@ -129,7 +130,9 @@ def table(tmp_path_factory):
     for case, future in running.items():
         result = future.exception() or future.result()
         print(f"{case[0]:>10} {case[1]:>8} {case[2]:>8} in {case[3]:<9} {result}")
-    assert not [p for p in set(Path("/dev/shm").iterdir()) - before if "zerokl" in p.name]
+    # what others on this machine share for a moment goes away, a leak does not
+    left = [path for path in set(Path("/dev/shm").iterdir()) - before if "zerokl" in path.name]
+    eventually(lambda: not any(path.exists() for path in left), processes.PATIENCE_S)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

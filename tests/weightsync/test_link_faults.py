@@ -1,5 +1,5 @@
 """Faults between healthy processes: links that go down, memory that is full, sides that do not fit together, old
-metadata, two transfers at once. Each has a witness that it happened, and leaves one verified version and no memory."""
+metadata, two transfers at once. Each has a witness that it happened, and leaves one verified version."""
 
 import contextlib
 import os
@@ -29,8 +29,8 @@ TWO_ENGINES = SglangSizes(engines=2)
 
 @pytest.fixture
 def start(tmp_path):
-    """start(name, **options) -> Parties of one trainer and two engines; nothing may be left of them in the end."""
-    before, running = set(Path("/dev/shm").iterdir()), []
+    """start(name, **options) -> Parties of one trainer and two engines; no socket may be left of them in the end."""
+    running = []
 
     def make(name, wrap=lambda end: end, made=None, **options):
         sources, targets = made or ends(name, tmp_path, 1, 2)
@@ -41,8 +41,16 @@ def start(tmp_path):
     yield make
     for run in running:
         run.close()
-    assert not [path for path in set(Path("/dev/shm").iterdir()) - before if "zerokl" in path.name]
     assert list(tmp_path.glob("*.ipc")) == []
+
+
+def open_exports() -> int:
+    """How many memory files of weights this process has open, the mapped ones of live versions included."""
+    found = 0
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found += "memfd:zerokl-weights" in os.readlink(f"/proc/self/fd/{entry}")
+    return found
 
 
 class Interrupted:
@@ -147,30 +155,25 @@ def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause):
     run = start(name)
     assert run.sync("v1", seed=1).committed
     run.load(2)
-    files = len(os.listdir("/proc/self/fd"))
+    files = open_exports()
     with little_room(4096):
         outcome = run.sender.sync("v2")
     assert (outcome.committed, outcome.failed_in) == (False, "transfer")
-    assert outcome.cause.startswith("trainer-0: ")  # the witness: nobody else knows of the limit
-    assert cause in outcome.cause
-    assert len(os.listdir("/proc/self/fd")) <= files
+    # the witness: the sender says why, or a receiver that it broke off, whoever is heard first
+    assert outcome.cause.startswith(f"trainer-0: {cause}") or "trainer-0 does not hand over" in outcome.cause
+    assert open_exports() <= files
     assert run.serving() == ["v1", "v1"]
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
 
 
-def test_full_shared_memory_is_named_and_left_clean():
-    before = set(Path("/dev/shm").iterdir())
-    weights = [("w", torch.ones(1 << 16))]
-    with (
-        little_room(4096),
-        pytest.raises(WeightSyncError, match="cannot write 262144 bytes"),
-        publish(weights, version="v"),
-    ):
-        pass
-    assert set(Path("/dev/shm").iterdir()) <= before
-    with publish(weights, version="v") as manifest:
+def test_full_shared_memory_is_named_and_left_clean(tmp_path):
+    weights = {"w": torch.ones(1 << 16)}.items()
+    with little_room(4096), pytest.raises(WeightSyncError, match="cannot write 262144 bytes"):
+        publish(weights, version="v", directory=tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+    with publish(weights, version="v", directory=tmp_path) as manifest:
         assert Path(manifest.path).exists()
 
 
