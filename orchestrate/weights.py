@@ -37,12 +37,12 @@ class Meeting:
     receivers: int = 1
 
     @staticmethod
-    def in_folder(parent: Path, *, transport: str = "ipc") -> Meeting:
+    def in_folder(parent: Path, *, transport: str = "ipc", receivers: int = 1) -> Meeting:
         """A new folder below ``parent``, whose path must be short: sockets lie in it."""
         folder = parent / "weights"
         folder.mkdir(mode=0o700)
         new_token(folder / "token")
-        return Meeting(folder, transport)
+        return Meeting(folder, transport, receivers)
 
     @property
     def address(self) -> Path:
