@@ -57,7 +57,7 @@ def both(request, tiny_models, tmp_path_factory):
     options = {"llama": {}, "qwen3-tied": {"page_size": 4, "max_total_tokens": 320}}[request.param]
     model = tiny_models[request.param]
     sender = Sender(meeting, load_file(model / "model.safetensors"))
-    with RolloutEngine(config(model, transfer=meeting.transfer(), **options)) as started:
+    with RolloutEngine(config(model, transfer=meeting.transfer(), **options), start_timeout_s=600) as started:
         sender.send("first")
         yield started, sender
 
@@ -354,7 +354,7 @@ def test_requests_under_way_when_new_weights_come(engine, trainer, policy):
 def test_no_weights_no_tokens(tiny_models, tmp_path):
     """An engine that waits for weights samples nothing before they come."""
     meeting = Meeting.in_folder(tmp_path)
-    with RolloutEngine(config(tiny_models["llama"], transfer=meeting.transfer())) as engine:
+    with RolloutEngine(config(tiny_models["llama"], transfer=meeting.transfer()), start_timeout_s=600) as engine:
         with pytest.raises(EngineError, match="holds no complete version of the weights"):
             engine.generate([Request((5, 6), SamplingParams(max_new_tokens=1))], timeout_s=60)
         assert engine.serving() is None
