@@ -104,7 +104,7 @@ class Trainer:
 
         check_routing(self.policy, samples)
         batches = microbatches(samples, self.train.microbatch_tokens)
-        packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch])) for batch in batches]
+        packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch]), order=batch[0]) for batch in batches]
         old = [_concatenated([samples[i].generation.logprobs for i in batch]) for batch in batches]
         advantage = [_concatenated([_spread(samples[i]) for i in batch]) for batch in batches]
         total = sum(len(values) for values in old)

@@ -85,7 +85,7 @@ def test_a_second_transfer_at_once_is_refused_and_does_not_disturb_the_first(sta
     refused = []
 
     def second(phase):
-        with pytest.raises(WeightSyncError, match=f"another one is in {phase}"):
+        with pytest.raises(WeightSyncError, match=f"that of 'first' is in {phase}"):
             run.sender.sync("second")
         refused.append(phase)
 

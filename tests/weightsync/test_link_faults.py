@@ -7,10 +7,8 @@ import resource
 import socket
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 from parties import MODEL, ONE, ONE_ENGINE, QUICK, TOKEN, Engine, Parties, eventually
 from test_quantised import MODEL as QUANTISED
 from test_transports import ends
@@ -21,7 +19,6 @@ from zerokl.weightsync.megatron_layout import megatron_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.quantised import FORMS, receiving_layout, sending_layout
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
-from zerokl.weightsync.shared import publish
 from zerokl.weightsync.transports import ipc, rdma
 
 TWO_ENGINES = SglangSizes(engines=2)
@@ -166,15 +163,6 @@ def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause):
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
-
-
-def test_full_shared_memory_is_named_and_left_clean(tmp_path):
-    weights = {"w": torch.ones(1 << 16)}.items()
-    with little_room(4096), pytest.raises(WeightSyncError, match="cannot write 262144 bytes"):
-        publish(weights, version="v", directory=tmp_path).__enter__()
-    assert list(tmp_path.iterdir()) == []
-    with publish(weights, version="v", directory=tmp_path) as manifest:
-        assert Path(manifest.path).exists()
 
 
 def sides(tmp_path, left, right):
