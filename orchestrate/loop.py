@@ -205,7 +205,7 @@ class Driver:
             except EngineLost as lost:
                 if life == _LIVES:
                     raise
-                self.progress.note(f"{str(lost).splitlines()[0]}; starting another one")
+                self.progress.note(str(lost).splitlines()[0])
                 self._sync(int(self.version))
         raise AssertionError("unreachable")
 
@@ -221,7 +221,8 @@ class Driver:
         actors, self.version = self.actors, str(number)
         what = f"the weights of step {number} to reach the engine"
         for attempt in range(1, _LIVES + 1):
-            actors.wait(actors.rollout.revive.remote(), "the engine to answer", self.config.run.start_timeout_s)
+            if actors.wait(actors.rollout.revive.remote(), "the engine to answer", self.config.run.start_timeout_s):
+                self.progress.note("the engine had died; started another one")
             try:
                 return actors.wait(actors.trainer.sync.remote(self.version, self.config.weightsync.in_flight), what)
             except SyncFailed as failure:
