@@ -109,8 +109,11 @@ class Gate:
             select.select([self._bell], [], [], _PAUSED_POLL_S)  # or a stopped scheduler spins
         if select.select([self._bell], [], [], 0)[0]:
             os.eventfd_read(self._bell)
-        if self._agreed(self._wanted != self._paused):
+        wish = self._wanted != self._paused
+        if self._agreed(wish):
             self._go_on() if self._paused else self._stop()
+        elif wish:
+            self._ring()  # or an idle scheduler sleeps until the other ranks have the wish, too
         while self._paused and not self._actions.empty():
             self._change(*self._actions.get())
 
