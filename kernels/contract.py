@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, field
 
-CONTRACT_VERSION = 3
+CONTRACT_VERSION = 4
 
 REDUCTION_LANES = 128
 """R3: lane j of a row reduction takes elements j, j + 128, ..."""

@@ -85,7 +85,10 @@ class Actors:
         meeting = None  # the control's weights stay as they are
         if not stock:
             meeting = Meeting.in_folder(
-                places.scratch, transport=config.weightsync.transport, receivers=config.rollout.tensor_parallel
+                places.scratch,
+                transport=config.weightsync.transport,
+                receivers=config.rollout.tensor_parallel,
+                floor_gb_per_s=config.weightsync.floor_gb_per_s,
             )
         transfer = None if meeting is None else meeting.transfer()
         engine = engine_config(config, model, architecture=architecture, stock=stock, transfer=transfer)

@@ -163,6 +163,7 @@ class WeightsyncTable(Table):
     in_flight: Literal["abort", "retract", "continue"] = Field(
         default="abort", description="between the steps of a synchronous loop there are none"
     )
+    floor_gb_per_s: float = Field(default=0.0, ge=0, description="a slower transfer is refused, not put up with")
 
 
 class ControlTable(Table):

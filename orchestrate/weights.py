@@ -30,19 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A folder of this user alone with the coordinator's socket and the run's token. ``receivers``: engine ranks."""
+    """A folder of this user alone with the coordinator's socket and the run's token. ``receivers``: engine ranks;
+    ``floor_gb_per_s``: a slower transfer is refused."""
 
     folder: Path
     transport: str = "ipc"
     receivers: int = 1
+    floor_gb_per_s: float = 0.0
 
     @staticmethod
-    def in_folder(parent: Path, *, transport: str = "ipc", receivers: int = 1) -> Meeting:
+    def in_folder(parent: Path, *, transport: str = "ipc", receivers: int = 1, floor_gb_per_s: float = 0.0) -> Meeting:
         """A new folder below ``parent``, whose path must be short: sockets lie in it."""
         folder = parent / "weights"
         folder.mkdir(mode=0o700)
         new_token(folder / "token")
-        return Meeting(folder, transport, receivers)
+        return Meeting(folder, transport, receivers, floor_gb_per_s)
 
     @property
     def address(self) -> Path:
@@ -94,7 +96,7 @@ class WeightLink:
         end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
         self.sender = WeightSender(
             meeting.address, meeting.token, sources=1, receivers=meeting.receivers,
-            observe=self._entered,
+            floor_gb_per_s=meeting.floor_gb_per_s, observe=self._entered,
         )  # fmt: skip
         self._source = WeightSource(meeting.address, meeting.token, layout, 0, end)
         self._source.buffers = buffers
