@@ -201,28 +201,32 @@ class ScoringModel(GPTModel):
         return regions.split_tokens(hidden, group) if self.config.sequence_parallel else hidden
 
     def score(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """fp32 [n] from the last layer's normalised output [t, H]. Raises NotImplementedError for top-p and top-k over
-        a vocabulary that ranks share."""
-        group = self.pg_collection.tp
+        """fp32 [n] from the last layer's normalised output [t, H]."""
+        group, context = self.pg_collection.tp, self.pg_collection.cp
         if self.config.sequence_parallel:
             hidden = regions.gather_tokens(hidden, group)
         head = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
             head = self.shared_embedding_or_output_weight()
-        options: dict[str, Any] = {"top_p": batch.top_p, "top_k": batch.top_k}
-        if group.size() > 1:
-            if bool((batch.top_p != 1).any()) or bool((batch.top_k != 0).any()):
-                raise NotImplementedError("top_p and top_k under tensor parallelism are not supported; sample without")
-            options = {"group": group, "vocabulary": self.vocab_size}
-        context = self.pg_collection.cp
         if context.size() == 1:
-            rows = hidden.index_select(0, batch.rows)
-            return kernels.selected_logprob(rows, head, batch.targets, temperature=batch.temperature, **options).logprob
+            return self._score_rows(hidden, head, batch, batch.rows, slice(None))
         first = context.rank() * len(hidden)
         mine = ((batch.rows >= first) & (batch.rows < first + len(hidden))).nonzero()[:, 0]
-        rows = hidden.index_select(0, batch.rows[mine] - first)
-        if group.size() == 1:
-            options = {"top_p": batch.top_p[mine], "top_k": batch.top_k[mine]}
-        temperature = batch.temperature[mine]
-        own = kernels.selected_logprob(rows, head, batch.targets[mine], temperature=temperature, **options).logprob
+        own = self._score_rows(hidden, head, batch, batch.rows[mine] - first, mine)
         return regions.merge_disjoint(own.new_zeros(len(batch.rows)).index_copy(0, mine, own), context)
+
+    def _score_rows(
+        self, hidden: torch.Tensor, head: torch.Tensor, batch: PackedBatch, rows: torch.Tensor, which: Any
+    ) -> torch.Tensor:
+        """The log-probabilities of the batch's targets ``which``, whose hidden states are ``rows`` of ``hidden``."""
+        group = self.pg_collection.tp
+        shared = {} if group.size() == 1 else {"group": group, "vocabulary": self.vocab_size}
+        return kernels.selected_logprob(
+            hidden.index_select(0, rows),
+            head,
+            batch.targets[which],
+            temperature=batch.temperature[which],
+            top_p=batch.top_p[which],
+            top_k=batch.top_k[which],
+            **shared,
+        ).logprob

@@ -19,6 +19,34 @@ class SelectedLogprob(NamedTuple):
     entropy: torch.Tensor | None
 
 
+class _Scores(NamedTuple):
+    """What the operator gives for each row: the results, and what a backward needs to compute the row again."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+    state: torch.Tensor
+    cut: torch.Tensor
+    cut_index: torch.Tensor
+
+
+def _scores(
+    hidden: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    with_entropy: bool,
+) -> _Scores:
+    """Over a whole vocabulary."""
+    logprob = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    entropy = torch.empty_like(logprob) if with_entropy else None
+    state = torch.empty((hidden.shape[0], 2), dtype=torch.float32, device=hidden.device)
+    found = _Scores(logprob, entropy, state, torch.empty_like(logprob), torch.empty_like(targets))
+    ops.selected_logprob(hidden, w, targets, temperature, top_p, top_k, *found)
+    return found
+
+
 class _SelectedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -31,17 +59,12 @@ class _SelectedLogprob(torch.autograd.Function):
         top_k: torch.Tensor,
         with_entropy: bool,
     ) -> Any:
-        rows = hidden.shape[0]
-        logprob = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprob) if with_entropy else None
-        state = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
-        cut, cut_index = torch.empty_like(logprob), torch.empty_like(targets)
-        ops.selected_logprob(hidden, w, targets, temperature, top_p, top_k, logprob, entropy, state, cut, cut_index)
-        ctx.save_for_backward(hidden, w, targets, temperature, state, cut, cut_index)
+        found = _scores(hidden, w, targets, temperature, top_p, top_k, with_entropy)
+        ctx.save_for_backward(hidden, w, targets, temperature, found.state, found.cut, found.cut_index)
         ctx.weight = w
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
+        if found.entropy is not None:
+            ctx.mark_non_differentiable(found.entropy)
+        return found.logprob, found.entropy
 
     @staticmethod
     def backward(ctx: Any, dlogprob: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -59,7 +82,10 @@ class _SelectedLogprob(torch.autograd.Function):
 
 
 class _ShardedLogprob(torch.autograd.Function):
-    """The same over a vocabulary that the ranks of a group share. Every rank gets the whole result and gradient."""
+    """The same over a vocabulary that the ranks of a group share. Every rank gets the whole result and gradient.
+
+    Where a row is filtered, its cut depends on all logits: the ranks gather the head, and each scores all rows.
+    """
 
     @staticmethod
     def forward(
@@ -68,42 +94,69 @@ class _ShardedLogprob(torch.autograd.Function):
         w: torch.Tensor,
         targets: torch.Tensor,
         temperature: torch.Tensor,
+        top_p: torch.Tensor,
+        top_k: torch.Tensor,
         with_entropy: bool,
         vocabulary: int,
         group: dist.ProcessGroup,
     ) -> Any:
-        rows, rank, ranks = hidden.shape[0], dist.get_rank(group), dist.get_world_size(group)
-        share = (vocabulary, rank, ranks)
-        sums = torch.empty((rows, VOCAB_SEGMENTS // ranks, 3), dtype=torch.float32, device=hidden.device)
-        hit = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        ops.logprob_segments(hidden, w, targets, temperature, *share, with_entropy, sums, hit)
-        all_sums, all_hits = _gathered(sums, group), _gathered(hit, group)
-        logprob = torch.empty_like(hit)
-        entropy = torch.empty_like(hit) if with_entropy else None
-        state = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
-        width = -(-vocabulary // VOCAB_SEGMENTS)
-        owner = targets // (width * (VOCAB_SEGMENTS // ranks))  # the rank that holds each target's row of the head
-        hit = torch.stack(all_hits).gather(0, owner[None])[0]
-        ops.logprob_merge(torch.cat(all_sums, 1), hit, logprob, entropy, state)
-        ctx.save_for_backward(hidden, w, targets, temperature, state)
+        share = (vocabulary, dist.get_rank(group), dist.get_world_size(group))
+        if bool((top_p != 1).any()) or bool((top_k != 0).any()):
+            head = _whole_head(w, vocabulary, group)
+            found = _scores(hidden, head, targets, temperature, top_p, top_k, with_entropy)
+        else:
+            found = _merged_scores(hidden, w, targets, temperature, with_entropy, share, group)
+        ctx.save_for_backward(hidden, w, targets, temperature, found.state, found.cut, found.cut_index)
         ctx.weight, ctx.share, ctx.group = w, share, group
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
+        if found.entropy is not None:
+            ctx.mark_non_differentiable(found.entropy)
+        return found.logprob, found.entropy
 
     @staticmethod
     def backward(ctx: Any, dlogprob: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, w, targets, temperature, state = ctx.saved_tensors
+        hidden, w, *rest = ctx.saved_tensors
         dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad = WeightGrad(ctx.weight) if ctx.needs_input_grad[1] else None
-        cut, index = torch.full_like(temperature, -torch.inf), torch.zeros_like(targets)
         ops.selected_logprob_backward(
-            hidden, w, targets, temperature, state, cut, index, *ctx.share,
-            dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer,
-        )  # fmt: skip
+            hidden, w, *rest, *ctx.share, dlogprob.contiguous(), dhidden, None if grad is None else grad.buffer
+        )
         if dhidden is not None:
             dhidden = tree_all_reduce(dhidden, ctx.group).to(hidden.dtype)
-        return dhidden, None if grad is None else grad.result(), *[None] * 5
+        return dhidden, None if grad is None else grad.result(), *[None] * 7
+
+
+def _merged_scores(
+    hidden: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    with_entropy: bool,
+    share: tuple[int, int, int],
+    group: dist.ProcessGroup,
+) -> _Scores:
+    """Without filters: every rank's segment sums, merged as R6's tree. ``share``: (vocabulary, rank, ranks)."""
+    vocabulary, _, ranks = share
+    rows = hidden.shape[0]
+    sums = torch.empty((rows, VOCAB_SEGMENTS // ranks, 3), dtype=torch.float32, device=hidden.device)
+    hit = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    ops.logprob_segments(hidden, w, targets, temperature, *share, with_entropy, sums, hit)
+    all_sums, all_hits = _gathered(sums, group), _gathered(hit, group)
+    logprob = torch.empty_like(hit)
+    entropy = torch.empty_like(hit) if with_entropy else None
+    state = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
+    width = -(-vocabulary // VOCAB_SEGMENTS)
+    owner = targets // (width * (VOCAB_SEGMENTS // ranks))  # the rank that holds each target's row of the head
+    hit = torch.stack(all_hits).gather(0, owner[None])[0]
+    ops.logprob_merge(torch.cat(all_sums, 1), hit, logprob, entropy, state)
+    return _Scores(logprob, entropy, state, torch.full_like(temperature, -torch.inf), torch.zeros_like(targets))
+
+
+def _whole_head(w: torch.Tensor, vocabulary: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The head from every rank's share of its rows; only the last shares may be short, or empty."""
+    widest = vocabulary_share(vocabulary, 0, dist.get_world_size(group)).stop
+    padded = w.new_zeros(widest, w.shape[1])
+    padded[: w.shape[0]] = w.detach()
+    return torch.cat(_gathered(padded, group))[:vocabulary]
 
 
 def vocabulary_share(vocabulary: int, rank: int, ranks: int) -> slice:
@@ -147,7 +200,8 @@ def selected_logprob(
             precede it and the mass before it is below top_p, in the order (logit descending, index ascending).
         entropy: also return the entropy (no gradient flows through it).
         group, vocabulary: the ranks (1, 2, 4 or 8) that share the head of a vocabulary of that size, each with the rows
-            of :func:`vocabulary_share`. Bits do not depend on their number. No filters then.
+            of :func:`vocabulary_share`. Bits do not depend on their number. Where a filter is on, the ranks gather the
+            head for the forward.
 
     Returns:
         :class:`SelectedLogprob`; the same bits as :func:`logprob_from_logits` and :func:`sample` on the same rows.
@@ -176,14 +230,9 @@ def selected_logprob(
         ranks = dist.get_world_size(group)
         check(vocabulary is not None, op, "a group needs vocabulary=..., the size of the whole one")
         check(VOCAB_SEGMENTS % ranks == 0, op, f"{ranks} ranks; supported: 1, 2, 4, 8")
-        check(
-            isinstance(top_p, float | int) and top_p == 1 and isinstance(top_k, int) and top_k == 0,
-            op,
-            "top_p and top_k need the whole vocabulary on one rank",
-        )
         return SelectedLogprob(
             *_ShardedLogprob.apply(
-                hidden.contiguous(), w, targets.to(torch.int64).contiguous(), t, entropy, vocabulary, group
+                hidden.contiguous(), w, targets.to(torch.int64).contiguous(), t, p, k, entropy, vocabulary, group
             )
         )
     return SelectedLogprob(

@@ -21,6 +21,16 @@ def logprob_inputs():
     return hashed(9, 30, seed=4).requires_grad_(), hashed(VOCABULARY, 30, seed=5), torch.arange(9) * 45
 
 
+def filter_inputs():
+    """(hidden with gradient, whole head, targets, top_p, top_k): rows with either filter, with both, with none"""
+    hidden, head, targets = logprob_inputs()
+    top_p = torch.tensor([0.5, 1.0, 0.9, 1.0, 0.3, 0.7, 1.0, 0.8, 1.0])
+    top_k = torch.tensor([0, 3, 20, 0, 0, 7, 200, 1, 0], dtype=torch.int32)
+    filtered = (top_p != 1) | (top_k != 0)
+    kept = (hidden.detach().float() @ head.float().T).argmax(1)
+    return hidden, head, torch.where(filtered, kept, targets), top_p, top_k
+
+
 def column_inputs():
     """(x with gradient, whole weight and bias of a gate and an up block, gradient of all columns)"""
     bias = hashed(2 * WIDTH, seed=9)
@@ -49,6 +59,13 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         hidden, shard, targets, temperature=0.7, entropy=True, group=dist.group.WORLD, vocabulary=VOCABULARY
     )
     scored.logprob.backward(torch.arange(len(targets)).float() - 3)
+    chosen, head, targets, top_p, top_k = filter_inputs()
+    shard_of_chosen = head[share].contiguous().requires_grad_()
+    filtered = kernels.selected_logprob(
+        chosen, shard_of_chosen, targets, temperature=0.7, top_p=top_p, top_k=top_k, entropy=True,
+        group=dist.group.WORLD, vocabulary=VOCABULARY,
+    )  # fmt: skip
+    filtered.logprob.backward(torch.arange(len(targets)).float() - 3)
     columns, weight, bias, dy = column_inputs()
     own, shift = (share_of_columns(x, rank, ranks).requires_grad_() for x in (weight, bias))
     y = kernels.column_linear(columns, own, shift, segments=SEGMENTS, blocks=2, group=dist.group.WORLD)
@@ -56,6 +73,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     np.savez(
         folder / f"{rank}.npz", total=total.detach().numpy(), dx=local.grad.float().numpy(),
         logprob=scored.logprob.detach().numpy(), entropy=scored.entropy.numpy(),
+        filtered=filtered.logprob.detach().numpy(), filtered_entropy=filtered.entropy.numpy(),
+        dchosen=chosen.grad.float().numpy(), dhead_of_chosen=shard_of_chosen.grad.float().numpy(),
         dhidden=hidden.grad.float().numpy(), dhead=shard.grad.float().numpy(),
         columns=y.detach().float().numpy(), dcolumns=columns.grad.float().numpy(), down=own.grad.float().numpy(),
         dshift=shift.grad.float().numpy(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from collective_ranks import column_inputs, logprob_inputs, share_of_columns
+from collective_ranks import column_inputs, filter_inputs, logprob_inputs, share_of_columns
 from data import assert_same_bits, hashed
 
 from zerokl import kernels
@@ -55,6 +55,22 @@ def test_a_shared_vocabulary_gives_the_bits_of_a_whole_one(ranks):
         assert_same_bits(got["entropy"], whole.entropy, f"entropy of rank {r}")
         assert_same_bits(got["dhidden"], hidden.grad, f"dhidden of rank {r}")
     assert_same_bits(np.concatenate([got["dhead"] for got in ranks]), head.grad, "dhead")
+
+
+def test_filters_over_a_shared_vocabulary_are_those_of_a_whole_one(ranks):
+    hidden, head, targets, top_p, top_k = filter_inputs()
+    head.requires_grad_()
+    whole = kernels.selected_logprob(
+        hidden, head, targets, temperature=0.7, top_p=top_p, top_k=top_k, entropy=True
+    )  # fmt: skip
+    plain = kernels.selected_logprob(hidden.detach(), head.detach(), targets, temperature=0.7).logprob
+    assert ((whole.logprob > plain) == ((top_p != 1) | (top_k != 0))).all()  # each filter takes something away
+    whole.logprob.backward(torch.arange(9).float() - 3)
+    for r, got in enumerate(ranks):
+        assert_same_bits(got["filtered"], whole.logprob, f"logprob of rank {r}")
+        assert_same_bits(got["filtered_entropy"], whole.entropy, f"entropy of rank {r}")
+        assert_same_bits(got["dchosen"], hidden.grad, f"dhidden of rank {r}")
+    assert_same_bits(np.concatenate([got["dhead_of_chosen"] for got in ranks]), head.grad, "dhead")
 
 
 def test_shared_columns_have_one_gradient(ranks):
