@@ -200,10 +200,11 @@ def samples(router: Router | None) -> list[tuple[Request, Generation]]:
     """Drawn prompts, answers and, for ``router``, experts: others than the model would choose."""
     rng = np.random.default_rng(0)
     pairs = []
-    for prompt, answer in LENGTHS:
+    for index, (prompt, answer) in enumerate(LENGTHS):
         ids = rng.integers(0, VOCABULARY, prompt + answer).tolist()
         zeros = np.zeros(answer, np.float32)
-        request = Request(tuple(ids[:prompt]), SamplingParams(temperature=0.8))
+        # a filter that keeps every token, so that drawn ones stay possible: half of the sequences are scored with one
+        request = Request(tuple(ids[:prompt]), SamplingParams(temperature=0.8, top_k=VOCABULARY * (index % 4 > 1)))
         record = None
         if router is not None:
             drawn = np.random.default_rng(1).random((prompt + answer - 1, router.sparse_layers, router.experts))
