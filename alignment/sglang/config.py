@@ -25,7 +25,7 @@ ARCHITECTURE_KEY = "zerokl_architecture"
 TRACE_KEY = "zerokl_trace"
 """The same for `EngineConfig.trace`."""
 SEGMENTS_KEY = "zerokl_segments"
-"""The same for `EngineConfig.segments`; there in every engine that runs zerokl's kernels, and in no other."""
+"""The same for `EngineConfig.segments`; of the engines started here in all that run zerokl's kernels, in no other."""
 
 _VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary to it; a rank's share is to hold no padding
 TRANSFER_KEY = "zerokl_transfer"

@@ -117,7 +117,7 @@ def bind(runner: Any, backend: Any) -> Binding:
     architecture = _architecture(type(model).__name__, getattr(config, ARCHITECTURE_KEY, None))
     containers = CONTAINERS.union(architecture.sglang_containers)
     _check_cache(runner)
-    ranks = Ranks(getattr(config, SEGMENTS_KEY))
+    ranks = Ranks(getattr(config, SEGMENTS_KEY, 1))  # not there: a server started by hand, on one rank
     runner.sampler = sampling.create()
     described = config.to_dict() | {"architectures": [architecture.name]}
     router, head_norms = router_of(described), architecture.has_head_norm(described)

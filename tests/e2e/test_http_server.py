@@ -81,7 +81,7 @@ def test_a_server_samples_from_the_weights_it_was_sent(model_folder, tmp_path):
         before = ask(port, "/generate", return_logprob=True, **request)["meta_info"]
         report = link.sync("1", timeout_s=60)
         after = ask(port, "/generate", return_logprob=True, **request)["meta_info"]
-        state = ask(port, "/get_server_info")["internal_states"][0]["zerokl"]
+        state = ask(port, "/get_server_info")["internal_states"][0]["zerokl"][0]
     assert report.copied_by_engines == 0
     assert before["weight_version"] == "default"
     assert after["weight_versions"] == [{"version": "1", "start": 0, "end": 8}]

@@ -153,22 +153,16 @@ def test_a_sparse_model_agrees_along_the_rollouts_experts(sparse):
     assert control["kl"]["k3"] > 0
 
 
-def test_an_engine_of_two_ranks_trains_the_same_model(folder, command):
-    """Weights reach every rank of the engine, and with the same segments nothing depends on how many there are."""
-    models = []
-    for ranks in (1, 2):
-        run = folder / f"ranks-{ranks}"
-        sets = {"model.segments": 2, "rollout.tensor_parallel": ranks, "train.steps": 2}
-        done = subprocess.run(
-            command(run.name, *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))),
-            cwd=folder, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr + logs(run)
-        for s in steps(run):
-            assert (s["mismatched_tokens"], s["max_abs_diff"], s["sync_engine_copied_bytes"]) == (0, 0.0, 0)
-            assert s["tokens"] > 0
-        models.append((run / "model" / "model.safetensors").read_bytes())
-    assert models[0] == models[1]
+def test_weights_reach_every_rank_of_an_engine(folder, command):
+    run, sets = folder / "ranks", {"model.segments": 2, "rollout.tensor_parallel": 2, "train.steps": 2}
+    done = subprocess.run(
+        command("ranks", *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))),
+        cwd=folder, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr + logs(run)
+    for s in steps(run):
+        assert (s["mismatched_tokens"], s["max_abs_diff"], s["sync_engine_copied_bytes"]) == (0, 0.0, 0)
+        assert s["tokens"] > 0
 
 
 def test_failing_rewards_drop_their_samples(whole):
