@@ -90,7 +90,7 @@ class SyncRuns:
         began, row, before = time.monotonic(), Round(number, fault, phase), self.engine.serving()
         row.mismatched_tokens = self._train()
         version = f"{number} under {fault}"
-        self._digests[version] = self.policy.weights_digest()
+        self._digests[version] = self._digest()
         plant = self._plant(row, where)
         self._link.watch = lambda entered: plant() if entered == phase else None
         deadlines = _IMPATIENT if fault == "engine stopped" else None
@@ -109,6 +109,10 @@ class SyncRuns:
         row.seconds = time.monotonic() - began
         return row
 
+    def _digest(self) -> dict[str, str]:
+        """The policy's weights, in the parts that the engine's ranks hold."""
+        return self.policy.weights_digest(self.engine.config.tensor_parallel)
+
     def _train(self) -> int:
         """One optimizer step on fresh samples; returns how many of their tokens have other bits in training."""
         generations = self.engine.generate(self._requests, timeout_s=_TIMEOUT_S)
@@ -119,7 +123,7 @@ class SyncRuns:
 
     def _send(self, version: str) -> bool:
         """A transfer without a fault; whether the engine then holds the policy's weights."""
-        self._digests[version] = self.policy.weights_digest()
+        self._digests[version] = self._digest()
         outcome = self._link.attempt(version, timeout_s=_TIMEOUT_S)
         served = self.engine.serving()
         return outcome.committed and served == version and self.engine.weights_digest() == self._digests[version]

@@ -1,4 +1,4 @@
-"""Judging what an engine's hooks report (`hooks.Binding.report`). Needs no SGLang."""
+"""Judging what an engine's hooks report (`hooks.Binding.reports`). Needs no SGLang."""
 
 from __future__ import annotations
 
