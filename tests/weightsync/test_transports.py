@@ -296,3 +296,20 @@ def test_a_delta_gives_back_the_new_version(old, data):
     positions, values = delta.decode(*delta.encode(before, after), before.numel())
     before.numpy()[positions] = values
     assert torch.equal(before, after)
+
+
+def test_rdma_registers_memory_that_was_cut_differently_before(start):
+    """A trainer may hold each version elsewhere, in memory that an earlier one had, cut at other places."""
+    run = start("rdma")
+    arena = torch.empty(1 << 20, dtype=torch.uint8)
+    source = run.sources[0]
+    for version in range(6):
+        run.load(version)
+        moved, place = {}, 2000 * (version % 3)
+        for name, buffer in source.buffers.items():
+            moved[name] = arena[place : place + buffer.numel()].copy_(buffer)
+            place += buffer.numel() + 48
+        source.buffers = dict(moved)
+        outcome = run.sender.sync(f"v{version}")
+        assert outcome.committed, outcome.cause
+        assert run.all_hold(version)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import secrets
 import time
 from collections.abc import Mapping
@@ -26,6 +27,10 @@ from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Trans
 _PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
+
+
+_Places = frozenset[tuple[int, int]]
+"""(address, bytes) of the buffers of one set."""
 
 
 class Registered(Typed, frozen=True):
@@ -54,22 +59,22 @@ class _Agent:
             value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
         ]
         self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *classes)  # they have no common base
-        self._registered: dict[tuple[int, int], Any] = {}
+        self._registered: dict[_Places, tuple[Any, list[torch.Tensor]]] = {}
 
     def register(self, buffers: Buffers) -> None:
-        """Register these buffers, and no others any more beyond two sets of them."""
-        wanted = {(buffer.data_ptr(), buffer.numel()): buffer for buffer in buffers.values()}
-        if len(self._registered) > 2 * len(wanted):
-            self.forget()
-        gpu = gpu_of(buffers)
-        new = [(*place, max(gpu, 0), "") for place in wanted if place not in self._registered]
-        if new:
-            handle = self.api.register_memory(new, _kind(gpu))
-            self._registered |= {place[:2]: handle for place in new}
+        """Register these buffers, and keep at most one other set registered: a receiver's two take turns."""
+        gpu, places = gpu_of(buffers), frozenset((buffer.data_ptr(), buffer.numel()) for buffer in buffers.values())
+        if places in self._registered:
+            return
+        if len(self._registered) > 1 or any(_overlap(places, others) for others in self._registered):
+            self.forget()  # NIXL finds no registration where one begins inside another
+        handle = self.api.register_memory([(*place, max(gpu, 0), "") for place in sorted(places)], _kind(gpu))
+        # with the tensors: memory given back while registered could be handed out again, cut differently
+        self._registered[places] = handle, list(buffers.values())
 
     def forget(self) -> None:
         """Take back every registration: nobody can write here with what they were told before."""
-        for handle in {id(handle): handle for handle in self._registered.values()}.values():
+        for handle, _ in self._registered.values():
             self.api.deregister_memory(handle)
         self._registered.clear()
 
@@ -226,6 +231,13 @@ def gpu_of(buffers: Buffers) -> int:
     if len(found) > 1:
         raise TransferError(f"buffers of one rank lie on several devices: {sorted(found)}")
     return found.pop() if found else -1
+
+
+def _overlap(some: _Places, others: _Places) -> bool:
+    """Whether any place of one set shares a byte with one of the other."""
+    spans = sorted((start, start + size) for start, size in some | others)
+    disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    return bool(some & others) or not disjoint
 
 
 def _kind(gpu: int) -> str:
