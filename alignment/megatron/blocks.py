@@ -13,7 +13,7 @@ from zerokl.alignment.megatron.shard import Held, Piece, State, empty_weights
 
 
 class Block(NamedTuple):
-    """Rows [top, bottom) and columns [left, right) of a Hugging Face tensor, in the rows of a parameter from ``row`` on.
+    """Rows [top, bottom) and columns [left, right) of a Hugging Face tensor, in a parameter's rows from ``row`` on.
 
     Tensors and parameters count as matrices whose columns are their last dimension (one column for vectors). A block
     fills the parameter's rows.

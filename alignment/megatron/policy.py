@@ -30,6 +30,7 @@ from zerokl.alignment.megatron.core import (
     DistributedDataParallelConfig,
     __version__,
     clip_grad_by_total_norm_fp32,
+    parallel_state,
 )
 from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
@@ -155,6 +156,16 @@ class MegatronPolicy:
         return self._holding.held
 
     @property
+    def replica(self) -> tuple[int, int]:
+        """Which data-parallel replica this rank belongs to, and how many there are."""
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    @property
+    def least_microbatches(self) -> int:
+        """How many micro-batches a step needs at least."""
+        return self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+
+    @property
     def _weights(self) -> list[dict[str, torch.Tensor]]:
         """The live tensors of each chunk by Megatron's names: parameters, and what belongs to the model untrained."""
         return [chunk_weights(chunk) for chunk in self.chunks]
@@ -266,7 +277,8 @@ class MegatronPolicy:
             raise LayoutError("weight_blocks needs zerokl's layers, got stock=True")
         shapes = hf_shapes(self.config).items()
         empty = {name: torch.empty(shape, dtype=hf_dtype(name), device="meta") for name, shape in shapes}
-        live, found = {}, []
+        live: dict[str, torch.Tensor] = {}
+        found: list[Block] = []
         for index, (held, weights) in enumerate(zip(self.held, self._weights, strict=True)):
             prefix = f"{index}." if len(self.chunks) > 1 else ""  # chunks of a stage number their layers alike
             live |= {prefix + name: tensor.detach() for name, tensor in weights.items()}
