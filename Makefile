@@ -9,7 +9,7 @@ EXTENSION := kernels/_C.so
 OPINIONS := $(VENV)/second-opinion/.installed
 MODEL := models/smollm2-135m/config.json
 
-.PHONY: install demo test lint sanitize verify-matrix bench gpu-regression clean
+.PHONY: install demo test test-kernels test-engines lint sanitize verify-matrix bench gpu-regression clean
 install: $(EXTENSION) $(MODEL)
 
 $(BIN)/python:
@@ -37,8 +37,16 @@ $(MODEL): | $(EXTENSION)
 demo: install
 	$(BIN)/zerokl train recipes/demo.toml
 
-test: install $(OPINIONS) lint sanitize
-	$(BIN)/python -m pytest --durations=25
+# kernels beside engines: the first keep one core busy, the others wait for processes a good part of their time
+test: install $(OPINIONS) lint
+	$(MAKE) --jobs=2 --output-sync=target test-kernels test-engines
+
+KERNEL_TESTS := tests/kernels tests/bench
+test-kernels: sanitize
+	$(BIN)/python -m pytest --durations=25 $(KERNEL_TESTS)
+
+test-engines: install
+	$(BIN)/python -m pytest --durations=25 tests $(KERNEL_TESTS:%=--ignore=%)
 
 lint: $(EXTENSION)
 	$(BIN)/ruff check --quiet

@@ -1,18 +1,21 @@
-"""The two actors as the driver sees them: started together, called with deadlines, stopped in order."""
+"""The actors as the driver sees them: started together, called with deadlines, stopped in order."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zerokl.alignment.architectures import Architecture
+from zerokl.alignment.megatron.layout import Layout
 from zerokl.alignment.sglang.config import EngineConfig, Transfer
-from zerokl.orchestrate.cluster import Waiting, wait
+from zerokl.orchestrate.cluster import Waiting, wait, wait_all
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.errors import RunError
-from zerokl.orchestrate.preflight import Prepared
+from zerokl.orchestrate.preflight import Prepared, trainer_layout
+from zerokl.orchestrate.trainer import Member
 from zerokl.orchestrate.weights import Meeting
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -24,8 +27,13 @@ def cores(threads: int | None) -> int:
 
 
 def claimed(config: Config) -> int:
-    """CPUs that a rollout and a trainer actor claim together."""
-    return cores(config.rollout.threads) + cores(config.train.threads)
+    """CPUs that a rollout and the trainer's ranks claim together."""
+    return cores(config.rollout.threads) + config.train.parallel.ranks * rank_threads(config)
+
+
+def rank_threads(config: Config) -> int:
+    """Threads of one trainer rank."""
+    return config.train.threads or max(1, cores(None) // config.train.parallel.ranks)
 
 
 def engine_config(
@@ -63,10 +71,10 @@ class Places:
 
 
 class Actors:
-    """A rollout and a trainer actor on one model."""
+    """A rollout actor and the trainer's ranks on one model."""
 
     def __init__(self, prepared: Prepared, places: Places, waiting: Waiting, *, stock: bool = False) -> None:
-        """Start both and wait until they are ready. `stock`: the engines' own kernels, and no optimizer."""
+        """Start all and wait until they are ready. `stock`: the engines' own kernels, and no optimizer; one rank."""
         import ray
 
         from zerokl.orchestrate.rollout import Rollout
@@ -74,41 +82,59 @@ class Actors:
 
         config, model, architecture = prepared.config, prepared.model, prepared.architecture
         self._waiting, self._config = waiting, config
-        names = ("stock-rollout.log", "stock-trainer.log") if stock else ("rollout.log", "trainer.log")
         self.logs = places.logs
-        rollout_log, trainer_log = (places.logs / name for name in names)
-        timeout = config.run.start_timeout_s
-        train = config.train.model_copy(update={"threads": cores(config.train.threads)})
+        prefix = "stock-" if stock else ""
+        timeout, ranks = config.run.start_timeout_s, 1 if stock else config.train.parallel.ranks
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
-        self.trainer = ray.remote(num_cpus=cores(config.train.threads))(Trainer).remote()
+        self.trainers = [ray.remote(num_cpus=rank_threads(config))(Trainer).remote() for _ in range(ranks)]
         meeting = None  # the control's weights stay as they are
         if not stock:
             meeting = Meeting.in_folder(
                 places.scratch,
                 transport=config.weightsync.transport,
                 receivers=config.rollout.tensor_parallel,
+                senders=ranks,
                 floor_gb_per_s=config.weightsync.floor_gb_per_s,
             )
         transfer = None if meeting is None else meeting.transfer()
         engine = engine_config(config, model, architecture=architecture, stock=stock, transfer=transfer)
-        started = (
-            self.rollout.start.remote(engine, rollout_log, places.scratch, timeout),
-            self.trainer.start.remote(
-                model,
-                train,
-                trainer_log,
-                architecture=architecture,
-                segments=config.model.segments,
-                stock=stock,
-                meeting=meeting,
-                engine_ranks=engine.tensor_parallel,
-            ),
-        )
-        self.manifests: dict[str, Any] = {}
-        self.digests: dict[str, dict[str, str]] = {}
-        for name, reference in zip(("engine", "trainer"), started, strict=True):
-            self.manifests[name], self.digests[name] = self.wait(reference, f"the {name} to start", timeout)
+        rollout_log = places.logs / f"{prefix}rollout.log"
+        started = [self.rollout.start.remote(engine, rollout_log, places.scratch, timeout)]
+        rendezvous = places.scratch / "trainer-ranks" if ranks > 1 else None
+        for rank, trainer in enumerate(self.trainers):
+            log = f"{prefix}trainer.log" if rank == 0 else f"trainer-{rank}.log"
+            started.append(
+                trainer.start.remote(
+                    model,
+                    config.train.model_copy(update={"threads": rank_threads(config)}),
+                    places.logs / log,
+                    layout=Layout() if stock else trainer_layout(config),
+                    member=Member(rank, ranks, rendezvous),
+                    architecture=architecture,
+                    stock=stock,
+                    meeting=meeting,
+                    engine_ranks=engine.tensor_parallel,
+                )
+            )
+        what = "engine and trainer to start"
+        (of_engine, *of_trainers) = self.wait_all(started, what, timeout)
+        self.manifests: dict[str, Any] = {"engine": of_engine[0], "trainer": of_trainers[0][0]}
+        self.digests: dict[str, dict[str, str]] = {"engine": of_engine[1], "trainer": of_trainers[0][1]}
+
+    @property
+    def trainer(self) -> Any:
+        """The first rank, which coordinates."""
+        return self.trainers[0]
+
+    def every_trainer(self, method: str, what: str, *arguments: Any) -> list[Any]:
+        """The results of calling all ranks, which compute together."""
+        return self.wait_all([getattr(trainer, method).remote(*arguments) for trainer in self.trainers], what)
+
+    def wait_all(self, references: Sequence[Any], what: str, timeout_s: float | None = None) -> list[Any]:
+        """The values of several calls; fails with the first that does."""
+        limit = timeout_s or self._config.run.step_timeout_s
+        return wait_all(references, what, timeout_s=limit, waiting=self._waiting, logs=self.logs)
 
     def wait(self, reference: Any, what: str, timeout_s: float | None = None) -> Any:
         """A call's value; the deadline is the recipe's `run.step_timeout_s` unless given."""
@@ -126,5 +152,5 @@ class Actors:
         self.wait(self.rollout.close.remote(), "the engine to stop", _CLOSE_TIMEOUT_S)
         import ray
 
-        for actor in (self.rollout, self.trainer):
+        for actor in (self.rollout, *self.trainers):
             ray.kill(actor)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,33 @@ def wait(reference: Any, what: str, *, timeout_s: float, waiting: Waiting, logs:
     Raises RunError naming `what` when the deadline passes, the actor dies or the call raises; a UserError, EngineLost
     or SyncFailed raised by the call passes through.
     """
+    (value,) = wait_all([reference], what, timeout_s=timeout_s, waiting=waiting, logs=logs)
+    return value
+
+
+def wait_all(
+    references: Sequence[Any], what: str, *, timeout_s: float, waiting: Waiting, logs: Path
+) -> list[Any]:  # fmt: skip
+    """The same for several: all values in order, or the error of the first that fails, whatever the others do."""
     import ray
 
+    values: dict[Any, Any] = {}
     started = time.monotonic()
-    while not ray.wait([reference], timeout=_POLL_S)[0]:
+    while missing := [reference for reference in references if reference not in values]:
+        done, _ = ray.wait(missing, timeout=_POLL_S)
+        values |= {reference: _value(reference, what, timeout_s, logs) for reference in done}
         elapsed = time.monotonic() - started
+        if done:
+            continue
         waiting(what, elapsed)
         if elapsed > timeout_s:
             raise RunError(f"waited {timeout_s:g} s for {what}; see {logs}")
+    return [values[reference] for reference in references]
+
+
+def _value(reference: Any, what: str, timeout_s: float, logs: Path) -> Any:
+    import ray
+
     try:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:

@@ -68,6 +68,22 @@ class RolloutTable(Table):
         return self
 
 
+class ParallelTable(Table):
+    """How the trainer is laid out over ranks, each a process: log-probabilities have the same bits in every layout."""
+
+    tensor: Literal[1, 2, 4, 8] = Field(default=1, description="model.segments must cover it")
+    pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int = Field(default=1, ge=1, description="model chunks that a stage holds")
+    expert: int = Field(default=1, ge=1, description="ranks that share the experts, among those of a stage")
+    context: int = Field(default=1, ge=1)
+    data: int = Field(default=1, ge=1, description="replicas, which share a step's micro-batches")
+    sequence_parallel: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+
 class TrainTable(Table):
     """The optimizer (Adam) and how a step's tokens are cut into micro-batches."""
 
@@ -83,7 +99,8 @@ class TrainTable(Table):
     routing_replay: Literal["off", "on", "check"] = Field(
         default="off", description="experts as chosen in the rollout; check also counts tokens routed otherwise"
     )
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, description="of a rank; default: the ranks share all cores")
+    parallel: ParallelTable = ParallelTable()
 
     @model_validator(mode="after")
     def _betas(self) -> TrainTable:

@@ -1,4 +1,4 @@
-"""Synchronous GRPO: sample, reward, train, sync the weights, record; a thin driver around two actors."""
+"""Synchronous GRPO: sample, reward, train, sync the weights, record; a thin driver around the actors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from zerokl.orchestrate.preflight import Prepared
 from zerokl.orchestrate.progress import Progress
 from zerokl.orchestrate.run_folder import Checkpoint, RunFolder, locate
 from zerokl.orchestrate.samples import Sample, plan
-from zerokl.orchestrate.trainer import TrainReport
+from zerokl.orchestrate.trainer import TrainReport, merged
 from zerokl.orchestrate.weights import SyncReport
 
 _LIVES = 3
@@ -104,7 +104,7 @@ def _check(metrics: StepMetrics, stop_on_mismatch: bool) -> None:
 
 
 class Driver:
-    """Drives one rollout and one trainer actor through the steps of a run."""
+    """Drives a rollout actor and the trainer's ranks through the steps of a run."""
 
     def __init__(self, prepared: Prepared, folder: RunFolder, places: Places, progress: Progress) -> None:
         self.prepared, self.config = prepared, prepared.config
@@ -116,7 +116,7 @@ class Driver:
         """Load the checkpoint where there is one; then give both sides the same weights and prove it."""
         actors = self.actors
         if checkpoint:
-            digest = actors.wait(actors.trainer.load.remote(checkpoint.policy), "the trainer to load the checkpoint")
+            digest, *_ = actors.every_trainer("load", "the trainer to load the checkpoint", checkpoint.policy)
             if digest != checkpoint.weights_digest:
                 raise RunError(f"{checkpoint.folder} does not hold the weights it was saved with; remove it")
             self.progress.note(f"resuming after step {checkpoint.step}")
@@ -169,14 +169,14 @@ class Driver:
         actors = self.actors
         self.folder.new_checkpoint(
             number,
-            lambda path: actors.wait(actors.trainer.save.remote(path), f"the checkpoint of step {number}"),
+            lambda path: actors.every_trainer("save", f"the checkpoint of step {number}", path)[0],
             keep=self.config.run.keep_checkpoints,
         )
 
     def export(self, folder: Path) -> None:
         """Write the trained model as a Hugging Face folder."""
         shutil.rmtree(folder, ignore_errors=True)
-        self.actors.wait(self.actors.trainer.export.remote(folder), "the export of the trained model")
+        self.actors.every_trainer("export", "the export of the trained model", folder)
 
     def _sample(self, number: int) -> tuple[list[Sample], rewards.Scores, float, float]:
         """The step's samples with their advantages (NaN: dropped), the scores, and seconds of rollout and reward."""
@@ -211,10 +211,11 @@ class Driver:
 
     def _train(self, number: int, samples: list[Sample], learning_rate: float) -> TrainReport:
         bare = [dataclasses.replace(sample, task=None) for sample in samples]  # the trainer needs no task
-        call = self.actors.trainer.step.remote(
-            bare, self.config.algorithm, learning_rate, self.config.correction.settings()
+        correction = self.config.correction.settings()
+        reports = self.actors.every_trainer(
+            "step", f"training of step {number}", bare, self.config.algorithm, learning_rate, correction
         )
-        return self.actors.wait(call, f"training of step {number}")
+        return merged(reports, bare, correction)
 
     def _sync(self, number: int) -> SyncReport:
         """Give the engine the trainer's weights; before that, another engine if it died."""

@@ -24,6 +24,12 @@ from zerokl.orchestrate.tokens import Tokenizer
 T = TypeVar("T")
 
 
+def trainer_layout(config: Config) -> Layout:
+    """The layout of all trainer ranks. Raises LayoutError for sizes that contradict each other."""
+    sizes = config.train.parallel.model_dump(exclude={"data"})
+    return Layout(segments=config.model.segments, **sizes)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A checked run: the resolved recipe and what it names, loaded."""
@@ -97,7 +103,7 @@ def _check_routing(config: Config, model: ModelConfig) -> None:
 
 
 def _check_layout(config: Config, model: ModelConfig) -> None:
-    segments, ranks = config.model.segments, config.rollout.tensor_parallel
+    segments, ranks, parallel = config.model.segments, config.rollout.tensor_parallel, config.train.parallel
     try:
         Layout(segments=segments).check(model)
         Layout(tensor=ranks, segments=segments).check(model)
@@ -106,6 +112,12 @@ def _check_layout(config: Config, model: ModelConfig) -> None:
             f"model.segments = {segments}, rollout.tensor_parallel = {ranks}: {error}",
             "segments: a multiple of the ranks by which the model's sizes divide",
         ) from error
+    try:
+        layout = trainer_layout(config)
+        layout.check(model)
+        layout.check_world(parallel.ranks)
+    except LayoutError as error:
+        raise UserError(f"train.parallel of {parallel.ranks} ranks: {error}", "choose sizes that divide") from error
 
 
 def _absolute(config: Config, base: Path) -> Config:

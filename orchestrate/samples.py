@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from zerokl.alignment.types import Generation, Request, SamplingParams
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.data import Source, Task
+from zerokl.orchestrate.errors import RunError
 from zerokl.orchestrate.tokens import Tokenizer
 
 
@@ -62,3 +63,19 @@ def microbatches(samples: Sequence[Sample], limit: int) -> list[list[int]]:
         batches[-1].append(index)
         used += length
     return batches
+
+
+def dealt(batches: Sequence[Sequence[int]], copies: int, least: int = 1) -> list[list[list[int]]]:
+    """The micro-batches of each of ``copies`` replicas, in order, as many for each and ``least`` at least; where they
+    do not come out even, the ones with the most samples are halved. Raises RunError for too few samples."""
+    cut = [list(batch) for batch in batches]
+    while len(cut) % copies or len(cut) < copies * least:
+        at = max(range(len(cut)), key=lambda index: len(cut[index]))
+        half = len(cut[at]) // 2
+        if half == 0:
+            raise RunError(
+                f"{len(cut)} samples cannot be dealt to {copies} data-parallel replicas, {least} micro-batches or more "
+                "to each; take more prompts a step, or fewer replicas"
+            )
+        cut[at : at + 1] = [cut[at][:half], cut[at][half:]]
+    return [cut[replica::copies] for replica in range(copies)]

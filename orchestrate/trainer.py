@@ -1,29 +1,52 @@
-"""The trainer actor: owns a `MegatronPolicy` in a Ray worker process."""
+"""The trainer actor: owns one rank's `MegatronPolicy` in a Ray worker process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zerokl.orchestrate.errors import SyncFailed
+from zerokl.orchestrate.errors import RunError, SyncFailed
 from zerokl.orchestrate.logs import redirect_output
-from zerokl.orchestrate.samples import Sample, microbatches
+from zerokl.orchestrate.samples import Sample, dealt, microbatches
 
 if TYPE_CHECKING:
     import torch
 
     from zerokl.alignment.architectures import Architecture
     from zerokl.alignment.correction import Corrected, Correction, Diagnostics
+    from zerokl.alignment.megatron.layout import Layout
     from zerokl.alignment.megatron.policy import MegatronPolicy
     from zerokl.orchestrate.config import AlgorithmTable, TrainTable
     from zerokl.orchestrate.weights import Meeting, SyncReport, WeightLink
     from zerokl.weightsync.messages import InFlight
 
 _JOIN_S = 20.0  # for a running engine; its receiving end connects when its scheduler starts
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the trainer's ``ranks``, and the file where they find each other (None for a single one)."""
+
+    rank: int = 0
+    ranks: int = 1
+    rendezvous: Path | None = None
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One optimizer step as one rank saw it: its data-parallel ``replica``, the summed loss of that one's samples, the
+    gradient norm before clipping, the log-probabilities (fp32 [n]) by sample, and how many of their tokens the trainer
+    would have sent to other experts."""
+
+    replica: int
+    loss: float
+    grad_norm: float
+    logprobs: Mapping[int, np.ndarray]
+    differing_routes: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,33 @@ class TrainReport:
     differing_routes: int = 0
 
 
+def merged(
+    reports: Sequence[RankReport], samples: Sequence[Sample], correction: Correction | None = None
+) -> TrainReport:  # fmt: skip
+    """The step as a whole. Raises RunError where ranks that computed the same do not have the same bits."""
+    replicas = {report.replica: report for report in reversed(reports)}
+    if len({report.grad_norm for report in reports}) > 1:
+        raise RunError(f"trainer ranks have different gradient norms: {[report.grad_norm for report in reports]}")
+    logprobs: dict[int, np.ndarray] = {}
+    for rank, report in enumerate(reports):
+        for index, values in report.logprobs.items():
+            if logprobs.setdefault(index, values).tobytes() != values.tobytes():
+                raise RunError(f"trainer rank {rank} scores sample {index} otherwise than a rank before it")
+    scored = [logprobs[index] for index in range(len(samples))]
+    diagnostics = None
+    if correction is not None:
+        import torch
+
+        diagnostics = _corrected(samples, torch.from_numpy(_concatenated(scored)), correction).diagnostics
+    return TrainReport(
+        sum(replicas[replica].loss for replica in sorted(replicas)),
+        reports[0].grad_norm,
+        scored,
+        diagnostics,
+        sum(report.differing_routes for report in replicas.values()),
+    )
+
+
 class Trainer:
     """Plain Python, so that it can be tested without Ray; the driver wraps it as an actor."""
 
@@ -52,10 +102,11 @@ class Trainer:
         train: TrainTable,
         log: Path,
         *,
+        layout: Layout,
+        member: Member,
         architecture: Architecture | None = None,
-        segments: int = 1,
-        stock: bool,
-        meeting: Meeting | None,
+        stock: bool = False,
+        meeting: Meeting | None = None,
         engine_ranks: int = 1,
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Load the model; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
@@ -64,9 +115,11 @@ class Trainer:
         `engine_ranks`: the digest is of the parts that its ranks hold.
         """
         redirect_output(log)
-        from zerokl.alignment.megatron.layout import Layout
+        from zerokl.alignment.megatron import distributed
         from zerokl.alignment.megatron.policy import MegatronPolicy
 
+        if member.rendezvous is not None:
+            distributed.connect(member.rank, member.ranks, member.rendezvous)
         self.policy = MegatronPolicy(
             model,
             architecture=architecture,
@@ -75,15 +128,23 @@ class Trainer:
             recompute=train.recompute,
             replay="off" if stock else train.routing_replay,
             threads=train.threads,
-            layout=Layout(segments=1 if stock else segments),
+            layout=layout,
         )
         self.train = train
         if meeting is not None:
-            from zerokl.orchestrate.weights import WeightLink
-            from zerokl.weightsync.live_model import block_layout
-
-            self.link = WeightLink(meeting, *block_layout(*self.policy.weight_blocks()))
+            self._join(meeting, member.rank)
         return self.policy.manifest(), self.policy.weights_digest(engine_ranks)
+
+    def _join(self, meeting: Meeting, rank: int) -> None:
+        """Send this rank's weights when there are transfers; the first rank coordinates them."""
+        from zerokl.orchestrate.weights import WeightLink, sending_rank
+        from zerokl.weightsync.live_model import block_layout
+
+        layout, buffers = block_layout(*self.policy.weight_blocks())
+        if rank == 0:
+            self.link = WeightLink(meeting, layout, buffers)
+        else:
+            self._sending = sending_rank(meeting, layout, buffers, rank)
 
     def step(
         self,
@@ -91,8 +152,9 @@ class Trainer:
         algorithm: AlgorithmTable,
         learning_rate: float,
         correction: Correction | None = None,
-    ) -> TrainReport:
-        """One optimizer step on the samples; their log-probabilities are those of this very forward.
+    ) -> RankReport:
+        """One optimizer step on the samples, of which this rank's replica computes its share; their log-probabilities
+        are those of this very forward.
 
         `correction` weights the loss for samples of another policy; None trusts the rollout's log-probabilities.
         """
@@ -103,11 +165,13 @@ class Trainer:
         from zerokl.orchestrate.scoring import check_routing
 
         check_routing(self.policy, samples)
-        batches = microbatches(samples, self.train.microbatch_tokens)
+        replica, replicas = self.policy.replica
+        least = self.policy.least_microbatches
+        batches = dealt(microbatches(samples, self.train.microbatch_tokens), replicas, least)[replica]
         packed = [PackedBatch.pack(*_pairs([samples[i] for i in batch]), order=batch[0]) for batch in batches]
         old = [_concatenated([samples[i].generation.logprobs for i in batch]) for batch in batches]
         advantage = [_concatenated([_spread(samples[i]) for i in batch]) for batch in batches]
-        total = sum(len(values) for values in old)
+        total = sum(len(sample.generation.output_ids) for sample in samples)
 
         def loss(logprobs: torch.Tensor, index: int) -> torch.Tensor:
             anchor, weights = torch.from_numpy(old[index]), None
@@ -126,13 +190,10 @@ class Trainer:
 
         self.policy.set_learning_rate(learning_rate)
         result = self.policy.train_step(packed, loss)
-        scored = [
-            part for batch, lp in zip(batches, result.logprobs, strict=True) for part in _split(samples, batch, lp)
-        ]
-        diagnostics = (
-            None if correction is None else _corrected(samples, torch.cat(result.logprobs), correction).diagnostics
-        )
-        return TrainReport(result.loss, result.grad_norm, scored, diagnostics, result.differing_tokens)
+        scored: dict[int, np.ndarray] = {}
+        for batch, lp in zip(batches, result.logprobs, strict=True):
+            scored |= zip(batch, _split(samples, batch, lp), strict=True)
+        return RankReport(replica, result.loss, result.grad_norm, scored, result.differing_tokens)
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probabilities of every sample by the training forward (gradients on), without an update."""

@@ -30,21 +30,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A folder of this user alone with the coordinator's socket and the run's token. ``receivers``: engine ranks;
-    ``floor_gb_per_s``: a slower transfer is refused."""
+    """A folder of this user alone with the coordinator's socket and the run's token. ``senders``: trainer ranks;
+    ``receivers``: engine ranks; ``floor_gb_per_s``: a slower transfer is refused."""
 
     folder: Path
     transport: str = "ipc"
     receivers: int = 1
+    senders: int = 1
     floor_gb_per_s: float = 0.0
 
     @staticmethod
-    def in_folder(parent: Path, *, transport: str = "ipc", receivers: int = 1, floor_gb_per_s: float = 0.0) -> Meeting:
+    def in_folder(
+        parent: Path, *, transport: str = "ipc", receivers: int = 1, senders: int = 1, floor_gb_per_s: float = 0.0
+    ) -> Meeting:  # fmt: skip
         """A new folder below ``parent``, whose path must be short: sockets lie in it."""
         folder = parent / "weights"
         folder.mkdir(mode=0o700)
         new_token(folder / "token")
-        return Meeting(folder, transport, receivers, floor_gb_per_s)
+        return Meeting(folder, transport, receivers, senders, floor_gb_per_s)
 
     @property
     def address(self) -> Path:
@@ -57,7 +60,7 @@ class Meeting:
     @property
     def ranks(self) -> tuple[int, int]:
         """How many send and how many receive."""
-        return 1, self.receivers
+        return self.senders, self.receivers
 
     def transfer(self) -> Transfer:
         """What the engine is started with."""
@@ -83,8 +86,20 @@ class SyncReport:
     paused_s: float
 
 
+def sending_rank(
+    meeting: Meeting, layout: Layout, buffers: Buffers, rank: int, *, source: Source | None = None
+) -> WeightSource:  # fmt: skip
+    """Rank number ``rank`` of the trainer, whose own layout and memory these are, ready to send in the background."""
+    end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
+    of_all = Layout(layout.tensors, layout.ranks * (rank + 1))
+    sending = WeightSource(meeting.address, meeting.token, of_all, rank, end)
+    sending.buffers = buffers
+    sending.start()
+    return sending
+
+
 class WeightLink:
-    """The trainer's side: the coordinator, and the one sending rank."""
+    """The trainer's side: the coordinator, and the first sending rank."""
 
     def __init__(
         self, meeting: Meeting, layout: Layout, buffers: Buffers, *, source: Source | None = None
@@ -93,14 +108,11 @@ class WeightLink:
         meeting's (for fault injection)."""
         self._meeting = meeting
         self.watch: Callable[[str], None] = lambda _: None  # told every phase of a transfer as it begins
-        end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
         self.sender = WeightSender(
-            meeting.address, meeting.token, sources=1, receivers=meeting.receivers,
+            meeting.address, meeting.token, sources=meeting.senders, receivers=meeting.receivers,
             floor_gb_per_s=meeting.floor_gb_per_s, observe=self._entered,
         )  # fmt: skip
-        self._source = WeightSource(meeting.address, meeting.token, layout, 0, end)
-        self._source.buffers = buffers
-        self._source.start()
+        self._source = sending_rank(meeting, layout, buffers, 0, source=source)
 
     def sync(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> SyncReport:
         """Give the engine the weights as they are now. Raises WeightSyncError, with the cause, if it did not come to

@@ -7,7 +7,8 @@ WeightReceiver(address, token, engine.layout, 0, IpcTarget(), engine)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -17,6 +18,10 @@ from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.sglang_loader import live_parts
 from zerokl.weightsync.transports.base import Buffers
 
+Block = tuple[str, int, int, int, int, str, int]
+"""Rows [top, bottom) and columns [left, right) of a tensor, in the rows of a parameter: tensor, top, bottom, left,
+right, parameter, first of its rows. Matrices have the first dimension as rows; a block fills the parameter's rows."""
+
 
 def named_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
     """One rank that holds whole tensors under their Hugging Face names: its layout, and its buffers.
@@ -24,32 +29,29 @@ def named_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str,
     Buffers of contiguous CPU tensors are views, others are copies.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return block_layout(whole, {name: (tensor,) for name, tensor in whole.items()})
+    blocks = []
+    for name, tensor in whole.items():
+        columns = math.prod(tensor.shape[1:])
+        blocks.append((name, 0, tensor.numel() // columns, 0, columns, name, 0))
+    return block_layout(whole, whole, blocks)
 
 
 def block_layout(
-    parameters: Mapping[str, torch.Tensor], blocks: Mapping[str, Sequence[torch.Tensor]]
+    parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], blocks: Iterable[Block]
 ) -> tuple[Layout, dict[str, torch.Tensor]]:
-    """One rank whose memory are ``parameters`` (contiguous, on the CPU), and in it the Hugging Face tensors: each as
-    views that follow one another by rows. Returns its layout, and its buffers, which are views.
+    """One rank that holds ``blocks`` of the model's ``tensors`` (which may be without memory) in its ``parameters``
+    (contiguous, on the CPU). Returns its layout, and its buffers, which are views.
 
-    Raises WeightSyncError for a block that is no contiguous part of a parameter.
+    Raises WeightSyncError for a parameter that is not contiguous on the CPU.
     """
-    described, pieces = [], []
-    for name, parts in blocks.items():
-        rows = sum(len(part) for part in parts)
-        tensor = Tensor(name, (rows, *parts[0].shape[1:]), _dtype(parts[0]))
-        described.append(tensor)
-        top = 0
-        for part in parts:
-            owner = _owner(name, part, parameters)
-            offset = part.data_ptr() - parameters[owner].data_ptr()
-            box = Box(top, top + len(part), 0, tensor.columns)
-            pieces.append(Piece(name, box, owner, offset, tensor.columns * tensor.item_bytes))
-            top += len(part)
+    described = {name: Tensor(name, tuple(tensor.shape), _dtype(tensor)) for name, tensor in tensors.items()}
+    pieces = []
+    for name, top, bottom, left, right, parameter, row in blocks:
+        pitch = (right - left) * described[name].item_bytes
+        pieces.append(Piece(name, Box(top, bottom, left, right), parameter, row * pitch, pitch))
     buffers = {name: as_bytes(parameter) for name, parameter in parameters.items()}
     rank = Rank({name: buffer.numel() for name, buffer in buffers.items()}, tuple(pieces))
-    return Layout(tuple(described), (rank,)), buffers
+    return Layout(tuple(described.values()), (rank,)), buffers
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,16 +115,6 @@ def _live_layout(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Param
             pieces.append(Piece(part, full(described), name, offset, pitch))
     sizes = {name: parameter.data.nbytes for name, parameter in parameters.items()}
     return Layout(tuple(tensors), (Rank(sizes, tuple(pieces)),))
-
-
-def _owner(name: str, part: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> str:
-    """The parameter whose memory a block lies in."""
-    start = part.data_ptr()
-    for owner, parameter in parameters.items():
-        inside = parameter.data_ptr() <= start and start + part.nbytes <= parameter.data_ptr() + parameter.nbytes
-        if inside and part.is_contiguous() and part.dtype is parameter.dtype:
-            return owner
-    raise WeightSyncError(f"a part of {name!r} of shape {tuple(part.shape)} is no contiguous run of a parameter")
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,23 @@ from zerokl.alignment.megatron.regions import tree_sum
 _TIMEOUT = timedelta(seconds=120)
 
 
+def connect(rank: int, world: int, rendezvous: Path) -> None:
+    """Bring up torch.distributed as ``rank`` of ``world`` processes of this machine; gloo listens on loopback only.
+
+    ``rendezvous``: a file that does not exist yet, in a folder of this user alone, the same for all.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo reads it there only
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.FileStore(str(rendezvous), world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+
+
 def initialise(layout: Layout) -> None:
     """Bring up Megatron's groups for ``layout``, and torch.distributed for one rank if it does not run yet.
 
-    More ranks are the caller's to start (torchrun, or `init_process_group`). An in-process store serves a single rank's
-    rendezvous: no port is opened. Raises LayoutError if the ranks do not divide into the layout, RuntimeError if
-    Megatron's groups are up in another one (see `release`).
+    More ranks are the caller's to start (`connect`, torchrun, or `init_process_group`). An in-process store serves a
+    single rank's rendezvous: no port is opened. Raises LayoutError if the ranks do not divide into the layout,
+    RuntimeError if Megatron's groups are up in another one (see `release`).
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

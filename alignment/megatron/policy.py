@@ -16,9 +16,9 @@ import xxhash
 
 from zerokl.alignment.architectures import Architecture
 from zerokl.alignment.megatron import checkpoint, convert_moe, distributed, schedule, streams
+from zerokl.alignment.megatron.blocks import Block, blocks
 from zerokl.alignment.megatron.convert import (
     check_tensors,
-    hf_blocks,
     hf_dtype,
     hf_shapes,
     hf_to_megatron,
@@ -30,6 +30,7 @@ from zerokl.alignment.megatron.core import (
     DistributedDataParallelConfig,
     __version__,
     clip_grad_by_total_norm_fp32,
+    parallel_state,
 )
 from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
@@ -155,6 +156,16 @@ class MegatronPolicy:
         return self._holding.held
 
     @property
+    def replica(self) -> tuple[int, int]:
+        """Which data-parallel replica this rank belongs to, and how many there are."""
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    @property
+    def least_microbatches(self) -> int:
+        """How many micro-batches a step needs at least."""
+        return self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+
+    @property
     def _weights(self) -> list[dict[str, torch.Tensor]]:
         """The live tensors of each chunk by Megatron's names: parameters, and what belongs to the model untrained."""
         return [chunk_weights(chunk) for chunk in self.chunks]
@@ -258,16 +269,21 @@ class MegatronPolicy:
         state = WholeTensors(self._holding, self._weights)
         return megatron_to_hf(self.config, convert_moe.stack_experts(state) if self.stock else state)
 
-    def weight_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, ...]]]:
-        """Where the weights lie: the live parameters by Megatron's names, and for every Hugging Face tensor the views
-        into them that make it up, by rows. The same memory for the policy's life. Raises LayoutError where ranks hold
-        parts of the model, or layers are stock."""
-        if self.stock or self.layout.shards_weights:
-            raise LayoutError(
-                f"weight_blocks needs zerokl's layers and one rank's layout, got stock={self.stock}, {self.layout}"
-            )
-        state = {name: p.detach() for name, p in self._weights[0].items()}
-        return state, dict(hf_blocks(self.config, state))
+    def weight_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Block]]:
+        """Where the weights lie: this rank's live parameters, every Hugging Face tensor of the model without memory,
+        and which blocks of those lie where in the parameters. The same memory for the policy's life. Raises LayoutError
+        for stock layers."""
+        if self.stock:
+            raise LayoutError("weight_blocks needs zerokl's layers, got stock=True")
+        shapes = hf_shapes(self.config).items()
+        empty = {name: torch.empty(shape, dtype=hf_dtype(name), device="meta") for name, shape in shapes}
+        live: dict[str, torch.Tensor] = {}
+        found: list[Block] = []
+        for index, (held, weights) in enumerate(zip(self.held, self._weights, strict=True)):
+            prefix = f"{index}." if len(self.chunks) > 1 else ""  # chunks of a stage number their layers alike
+            live |= {prefix + name: tensor.detach() for name, tensor in weights.items()}
+            found += [block._replace(parameter=prefix + block.parameter) for block in blocks(self.config, held)]
+        return live, empty, found
 
     def weights_digest(self, ranks: int = 1) -> dict[str, str]:
         """Hugging Face name -> xxh3_128 of the tensor's contiguous bytes, in hexadecimal.

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from zerokl.alignment.architectures import BUILT_IN
+from zerokl.alignment.megatron.blocks import blocks
 from zerokl.alignment.megatron.convert import hf_dtype, hf_shapes, read_hf_weights
 from zerokl.alignment.megatron.convert_moe import separate_experts
 from zerokl.alignment.megatron.layout import Layout, LayoutError, Place
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError, MoeConfig
-from zerokl.alignment.megatron.shard import join, shard
+from zerokl.alignment.megatron.shard import join, pieces, shard
 from zerokl.alignment.routing import Router
 from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.model_shape import read_shape
@@ -96,6 +97,23 @@ def test_layouts_change_no_bit(name, first, second, seed):
     assert_same_bits(joined, hf)
     again = {place: shard(config, joined, second, place) for place in second.every_place()}
     assert_same_bits(join(config, second, again), hf)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(sorted(VARIANTS)), LAYOUTS)
+def test_blocks_say_where_each_weight_lies(name, layout):
+    """What a weight transfer reads by them: of every parameter every byte, from the tensor it belongs to."""
+    config, hf, layout = model(name), weights(name), fitting(name, layout)
+    for place in layout.every_place():
+        local, covered = shard(config, hf, layout, place), {}
+        for block in blocks(config, pieces(config, layout, place)):
+            tensor, parameter = hf[block.tensor], local[block.parameter]
+            matrix = parameter.view(-1, parameter.shape[-1] if parameter.dim() > 1 else 1)
+            rows = matrix[block.row : block.row + block.bottom - block.top]
+            box = tensor.view(len(tensor), -1)[block.top : block.bottom, block.left : block.right]
+            assert torch.equal(rows.contiguous().view(torch.uint8), box.contiguous().view(torch.uint8)), block
+            covered[block.parameter] = covered.get(block.parameter, 0) + box.numel()
+        assert covered == {name: parameter.numel() for name, parameter in local.items()}
 
 
 def test_a_rank_holds_its_part_and_no_more():

@@ -153,8 +153,10 @@ def test_a_sparse_model_agrees_along_the_rollouts_experts(sparse):
     assert control["kl"]["k3"] > 0
 
 
-def test_weights_reach_every_rank_of_an_engine(folder, command):
-    run, sets = folder / "ranks", {"model.segments": 2, "rollout.tensor_parallel": 2, "train.steps": 2}
+def test_four_trainer_ranks_and_two_engine_ranks_agree(folder, command):
+    """Each engine rank gets its weights from the trainer ranks that hold them, and maps them without a copy."""
+    run, parallel = folder / "ranks", {"train.parallel.tensor": 2, "train.parallel.pipeline": 2}
+    sets = {"model.segments": 2, "rollout.tensor_parallel": 2, "train.steps": 2, **parallel}
     done = subprocess.run(
         command("ranks", *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))),
         cwd=folder, capture_output=True, text=True, timeout=600, check=False,
@@ -163,6 +165,9 @@ def test_weights_reach_every_rank_of_an_engine(folder, command):
     for s in steps(run):
         assert (s["mismatched_tokens"], s["max_abs_diff"], s["sync_engine_copied_bytes"]) == (0, 0.0, 0)
         assert s["tokens"] > 0
+        assert s["grad_norm"] > 0
+    assert (run / "logs" / "trainer-3.log").is_file()
+    assert (run / "model" / "model.safetensors").is_file()
 
 
 def test_failing_rewards_drop_their_samples(whole):

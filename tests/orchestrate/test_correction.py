@@ -18,7 +18,7 @@ from zerokl.orchestrate import metrics
 from zerokl.orchestrate.algorithms import grpo
 from zerokl.orchestrate.config import AlgorithmTable, TrainTable
 from zerokl.orchestrate.samples import Sample
-from zerokl.orchestrate.trainer import Trainer
+from zerokl.orchestrate.trainer import Trainer, merged
 
 ROOT = Path(zerokl.__file__).resolve().parent.parent
 # trainer - rollout: 0.5, -1 | 0.25, 0.5, 0
@@ -31,7 +31,7 @@ E_HALF, E_MINUS_1, E_QUARTER = 1.6487212707001282, 0.36787944117144233, 1.284025
 class Policy:
     """Stands in for the trainer's policy: the log-probabilities are its parameters."""
 
-    replay = "off"
+    replay, replica, least_microbatches = "off", (0, 1), 1
 
     def __init__(self, values):
         self.parameters = [torch.tensor(value, requires_grad=True) for value in values]
@@ -61,7 +61,7 @@ def step(trainer_values, correction, *, limit=64):
         logprobs = np.array(values, np.float32)
         generation = Generation(tuple(range(len(values))), logprobs, logprobs, "stop", "0")
         samples.append(Sample(None, Request((1, 2), SamplingParams()), generation, advantage))
-    report = trainer.step(samples, AlgorithmTable(), 1e-3, correction)
+    report = merged([trainer.step(samples, AlgorithmTable(), 1e-3, correction)], samples, correction)
     return report, [g for p in trainer.policy.parameters for g in p.grad.tolist()]
 
 

@@ -1,11 +1,13 @@
 """What a step holds is fixed by recipe, seed and step number."""
 
 import numpy as np
+import pytest
 
 from zerokl.alignment.types import Generation, PackedBatch, Request, SamplingParams
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.data import Task
-from zerokl.orchestrate.samples import Sample, microbatches, plan, sampling_seed
+from zerokl.orchestrate.errors import RunError
+from zerokl.orchestrate.samples import Sample, dealt, microbatches, plan, sampling_seed
 
 
 class Letters:
@@ -62,3 +64,11 @@ def test_microbatches_keep_order_and_limit():
         packed = PackedBatch.pack([samples[i].request for i in batch], [samples[i].generation for i in batch])
         assert len(packed.tokens) <= 16 or len(batch) == 1
     assert microbatches([], 16) == []
+
+
+def test_replicas_get_equally_many_microbatches():
+    assert dealt([[0, 1], [2], [3]], 1) == [[[0, 1], [2], [3]]]
+    assert dealt([[0, 1, 2], [3], [4, 5]], 2) == [[[0], [3]], [[1, 2], [4, 5]]]
+    assert dealt([[0, 1, 2, 3]], 2, least=2) == [[[0], [2]], [[1], [3]]]
+    with pytest.raises(RunError, match="3 samples cannot be dealt to 2 data-parallel replicas, 2 micro"):
+        dealt([[0, 1, 2]], 2, least=2)

@@ -59,21 +59,26 @@ def test_a_model_that_is_not_in_cpu_memory_is_refused():
         LiveModel(torch.nn.Linear(2, 2, device="meta"), pause=print, run=print, resume=print)
 
 
-def test_tensors_are_found_in_the_parameters_that_hold_their_parts():
-    """Rows of `q` and `k` that take turns in one parameter, as in a trainer's."""
-    fused, other = torch.arange(48).bfloat16().view(2, 3, 8), torch.zeros(5)
+def test_blocks_of_tensors_lie_in_the_parameters_that_hold_them():
+    """Rows of `q` and `k` that take turns in one parameter, and half the columns of `o`, as in a trainer's."""
+    fused, half, bias = torch.arange(48).bfloat16().view(6, 8), torch.zeros(3, 4).bfloat16(), torch.zeros(5)
+    shapes = {"q": (4, 8), "k": (2, 8), "o": (3, 8)}
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     layout, buffers = block_layout(
-        {"qk": fused, "bias": other}, {"q": tuple(fused[:, :2]), "k": tuple(fused[:, 2:]), "b": (other,)}
-    )
+        {"qk": fused, "half": half, "bias": bias},
+        tensors | {"b": bias},
+        [("q", 0, 2, 0, 8, "qk", 0), ("k", 0, 1, 0, 8, "qk", 2), ("q", 2, 4, 0, 8, "qk", 3), ("k", 1, 2, 0, 8, "qk", 5),
+         ("o", 0, 3, 4, 8, "half", 0), ("b", 0, 5, 0, 1, "bias", 0)],
+    )  # fmt: skip
     assert {t.name: (t.shape, t.dtype) for t in layout.tensors} == {
-        "q": ((4, 8), "bfloat16"), "k": ((2, 8), "bfloat16"), "b": ((5,), "float32"),
+        "q": ((4, 8), "bfloat16"), "k": ((2, 8), "bfloat16"), "o": ((3, 8), "bfloat16"), "b": ((5,), "float32"),
     }  # fmt: skip
-    pieces = [(p.tensor, p.box.top, p.box.bottom, p.buffer, p.offset) for p in layout.ranks[0].pieces]
-    assert pieces == [("q", 0, 2, "qk", 0), ("q", 2, 4, "qk", 48), ("k", 0, 1, "qk", 32), ("k", 1, 2, "qk", 80),
-                      ("b", 0, 5, "bias", 0)]  # fmt: skip
+    pieces = [(p.tensor, p.box.top, p.box.bottom, p.buffer, p.offset, p.pitch) for p in layout.ranks[0].pieces]
+    assert pieces == [("q", 0, 2, "qk", 0, 16), ("k", 0, 1, "qk", 32, 16), ("q", 2, 4, "qk", 48, 16),
+                      ("k", 1, 2, "qk", 80, 16), ("o", 0, 3, "half", 0, 8), ("b", 0, 5, "bias", 0, 4)]  # fmt: skip
+    assert (layout.ranks[0].pieces[4].box.left, layout.ranks[0].pieces[4].box.right) == (4, 8)
     layout.check("trainer")
-    fused[0, 0, 0] = 7  # buffers are the parameters' own memory
+    fused[0, 0] = 7  # buffers are the parameters' own memory
     assert buffers["qk"].view(torch.bfloat16)[0] == 7
-    for stray in (torch.zeros(2, 8), fused.transpose(0, 1), fused[:, 0]):
-        with pytest.raises(WeightSyncError, match=r"part of 'x' .* is no contiguous run of a parameter"):
-            block_layout({"qk": fused}, {"x": (stray,)})
+    with pytest.raises(WeightSyncError, match="need a contiguous CPU tensor"):
+        block_layout({"qk": fused.T}, {"q": fused}, [])
