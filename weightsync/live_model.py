@@ -7,7 +7,7 @@ WeightReceiver(address, token, engine.layout, 0, IpcTarget(), engine)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,8 @@ from zerokl.weightsync.layout import Box, Layout, Piece, Rank, Tensor, full
 from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.sglang_loader import live_parts
 from zerokl.weightsync.transports.base import Buffers
+
+_DEVICES = ("cpu", "cuda")
 
 
 def named_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
@@ -30,8 +32,8 @@ def named_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str,
 def block_layout(
     parameters: Mapping[str, torch.Tensor], blocks: Mapping[str, Sequence[torch.Tensor]]
 ) -> tuple[Layout, dict[str, torch.Tensor]]:
-    """One rank whose memory are ``parameters`` (contiguous, on the CPU), and in it the Hugging Face tensors: each as
-    views that follow one another by rows. Returns its layout, and its buffers, which are views.
+    """One rank whose memory are ``parameters`` (contiguous, on the CPU or a GPU), and in it the Hugging Face tensors:
+    each as views that follow one another by rows. Returns its layout, and its buffers, which are views.
 
     Raises WeightSyncError for a block that is no contiguous part of a parameter.
     """
@@ -53,15 +55,16 @@ def block_layout(
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, uint8 [n], as a view. Raises WeightSyncError unless it is contiguous and on the CPU."""
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise WeightSyncError(f"need a contiguous CPU tensor, got {tuple(tensor.shape)} on {tensor.device}")
+    """The tensor's bytes, uint8 [n], as a view. Raises WeightSyncError unless it is contiguous, on the CPU or a GPU."""
+    if not tensor.is_contiguous() or tensor.device.type not in _DEVICES:
+        raise WeightSyncError(f"need a contiguous CPU or CUDA tensor, got {tuple(tensor.shape)} on {tensor.device}")
     return tensor.detach().view(-1).view(torch.uint8)
 
 
 class LiveModel:
-    """An `Engine` that swaps the memory under a model's parameters; nothing is copied. Raises WeightSyncError for
-    parameters that are not in CPU memory.
+    """An `Engine` that swaps the memory under a model's parameters, on the CPU or on one GPU (``device``); nothing is
+    copied. Captured CUDA graphs would go on reading the old memory: the engine must run without them. Has not run on a
+    GPU. Raises WeightSyncError for parameters on several devices, or on another kind.
 
     ``pause`` and ``resume`` stop and start the answering of requests; ``run`` calls what it is given where no step of
     the engine runs, with whatever the engine needs before and after a change of its weights.
@@ -77,9 +80,7 @@ class LiveModel:
     ) -> None:
         self._parameters = dict(model.named_parameters())  # lists a shared parameter once
         self._first = {name: parameter.data for name, parameter in self._parameters.items()}
-        elsewhere = sorted({str(parameter.device) for parameter in self._first.values()} - {"cpu"})
-        if elsewhere:
-            raise WeightSyncError(f"weights are received into CPU memory only; the model is on {', '.join(elsewhere)}")
+        self.device = _one_device(self._first.values())
         self.pause, self._run, self._resume = pause, run, resume
         self.layout = _live_layout(model, self._parameters)
 
@@ -97,8 +98,22 @@ class LiveModel:
         self._resume(version)
 
     def _swap(self, memory: Mapping[str, torch.Tensor]) -> None:
+        if {memory[name].device for name in self._parameters} != {self.device}:  # asked before anything is swapped
+            found = ", ".join(sorted({str(memory[name].device) for name in self._parameters}))
+            raise WeightSyncError(
+                f"the new weights lie on {found}, the model is on {self.device}: a GPU's arrive there by cuda_ipc, "
+                "collective or rdma, those in host memory by any transport but cuda_ipc"
+            )
         for name, parameter in self._parameters.items():
             parameter.data = memory[name].view(parameter.dtype).view(parameter.shape)
+
+
+def _one_device(tensors: Iterable[torch.Tensor]) -> torch.device:
+    found = {tensor.device for tensor in tensors}
+    if len(found) != 1 or next(iter(found)).type not in _DEVICES:
+        names = ", ".join(sorted(map(str, found)))
+        raise WeightSyncError(f"weights are received into CPU memory or one GPU's; the model is on {names}")
+    return found.pop()
 
 
 def _live_layout(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter]) -> Layout:
