@@ -80,8 +80,8 @@ def test_a_run_whose_transfers_are_below_its_floor_ends_with_the_cause(tmp_path,
     trainer, notes = Trainer(), []
     trainer.link = link
     actors = SimpleNamespace(
-        trainer=Here(trainer), rollout=Here(SimpleNamespace(revive=lambda: False)), digests={"engine": {}, "trainer": {}},
-        check_digests=lambda *_: None, wait=lambda call, *_: call(),
+        trainer=Here(trainer), rollout=Here(SimpleNamespace(revive=lambda: False)), wait=lambda call, *_: call(),
+        digests={"engine": {}, "trainer": {}}, check_digests=lambda *_: None,
     )  # fmt: skip
     monkeypatch.setattr(loop, "Actors", lambda *_: actors)
     progress = SimpleNamespace(waiting=None, note=notes.append)
