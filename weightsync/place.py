@@ -11,6 +11,7 @@ from zerokl.weightsync import topology
 from zerokl.weightsync.topology import Place
 from zerokl.weightsync.transports.rdma import PACKAGES
 
+MOONCAKE = "mooncake"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CARDS = Path("/sys/class/infiniband")
 
@@ -28,7 +29,7 @@ def available(name: str) -> bool:
         case "rdma":
             return any(importlib.util.find_spec(package) for package in PACKAGES)
         case "mooncake":
-            return importlib.util.find_spec("mooncake") is not None
+            return importlib.util.find_spec(MOONCAKE) is not None
         case "cuda_ipc":
             return torch.cuda.is_available()
     return name in topology.TRANSPORTS

@@ -119,7 +119,8 @@ def test_a_place_says_what_is_there(monkeypatch, tmp_path):
     assert found == place.here(torch.device("cpu")), "two looks at one place"
     assert set(PLAIN) <= set(found.transports)
     assert ("cuda_ipc" in found.transports) == torch.cuda.is_available()
-    monkeypatch.setattr(place.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(place, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(place, "MOONCAKE", "no_such_package")
     assert not {"rdma", "mooncake"} & set(place.here(torch.device("cpu")).transports)
     assert not place.has_card(tmp_path)
     for port, state in (("1", "1: DOWN"), ("2", "4: ACTIVE")):
