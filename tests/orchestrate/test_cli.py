@@ -193,6 +193,7 @@ def test_a_transport_whose_package_or_gpu_is_missing_is_refused_before_anything_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(place, "PACKAGES", ("no_such_package",))
     monkeypatch.setattr(place, "MOONCAKE", "no_such_package")
+    monkeypatch.setattr(verify, "start", None)  # the engine's and the policy's
     train = ["train", RECIPES / "tiny.toml", "--dry-run", "--set", f"model.name={tiny}"]
     for command in (["verify", "--model", tiny, "--syncs", "1", "--transport", name],
                     [*train, "--set", f"weightsync.transport={name}"]):  # fmt: skip

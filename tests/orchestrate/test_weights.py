@@ -44,8 +44,9 @@ class Engine:
 
 def linked(meeting):
     layout, buffers = named_layout(WEIGHTS)
-    engine, ends = Engine(), target_ends(Site(meeting.folder, meeting.ranks, torch.device("cpu")))
-    receiver = WeightReceiver(meeting.address, meeting.token, layout, 0, ends, engine)
+    engine = Engine()
+    engine.ends = target_ends(Site(meeting.folder, meeting.ranks, torch.device("cpu")))
+    receiver = WeightReceiver(meeting.address, meeting.token, layout, 0, engine.ends, engine)
     receiver.start()
     return WeightLink(meeting, layout, buffers), receiver, engine
 
@@ -101,6 +102,7 @@ def test_a_transport_asked_for_by_name_carries_the_weights(name, tmp_path):
         reports = [link.sync(version, timeout_s=30) for version in ("1", "2")]
     receiver.close()
     assert [(r.transport, r.reason) for r in reports] == [(name, "asked for by name")] * 2
+    assert engine.ends.current.name == name
     assert engine.held == ("2", {name: bytes(x.view(torch.uint8).numpy()) for name, x in WEIGHTS.items()})
 
 
