@@ -62,6 +62,18 @@ def engine_config(
     )
 
 
+def meeting_of(config: Config, scratch: Path) -> Meeting:
+    """Where a run's weight transfers meet: the weightsync table, in a new folder below ``scratch``."""
+    settings = config.weightsync
+    return Meeting.in_folder(
+        scratch,
+        transport=settings.transport,
+        receivers=config.rollout.tensor_parallel,
+        senders=config.train.parallel.ranks,
+        floor_gb_per_s=settings.floor_gb_per_s,
+    )
+
+
 @dataclass(frozen=True)
 class Places:
     """Where actors write: logs that stay, and a scratch folder that goes with the cluster."""
@@ -88,15 +100,7 @@ class Actors:
         # Ray counts CPUs for scheduling only; it also hands them to OpenMP as the number of threads
         self.rollout = ray.remote(num_cpus=cores(config.rollout.threads))(Rollout).remote()
         self.trainers = [ray.remote(num_cpus=rank_threads(config))(Trainer).remote() for _ in range(ranks)]
-        meeting = None  # the control's weights stay as they are
-        if not stock:
-            meeting = Meeting.in_folder(
-                places.scratch,
-                transport=config.weightsync.transport,
-                receivers=config.rollout.tensor_parallel,
-                senders=ranks,
-                floor_gb_per_s=config.weightsync.floor_gb_per_s,
-            )
+        meeting = None if stock else meeting_of(config, places.scratch)  # the control's weights stay as they are
         transfer = None if meeting is None else meeting.transfer()
         engine = engine_config(config, model, architecture=architecture, stock=stock, transfer=transfer)
         rollout_log = places.logs / f"{prefix}rollout.log"

@@ -82,6 +82,7 @@ def verify(
     rollout_tensor_parallel: Annotated[int, typer.Option(help="Ranks that share SGLang's model: 1, 2, 4, 8.")] = 1,
     inject: Annotated[Fault | None, typer.Option(help="Plant one fault, which must be found.")] = None,
     syncs: Annotated[int, typer.Option(min=0, help="Before: train a step and send the weights, so often.")] = 0,
+    transport: Annotated[str, typer.Option(help="How these weights travel (docs/cli.md); default: chosen.")] = "auto",
     faults: Annotated[SyncFaults, typer.Option(help="Faults during these transfers, drawn from the seed.")] = (
         SyncFaults.none
     ),
@@ -107,6 +108,7 @@ def verify(
         rollout_tensor_parallel=rollout_tensor_parallel,
         inject=inject.value if inject else None,
         syncs=syncs,
+        transport=transport,
         sync_faults=faults is SyncFaults.random,
     )
     result = command.run(settings, say=_say)

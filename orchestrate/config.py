@@ -176,7 +176,9 @@ class RewardTable(Table):
 class WeightsyncTable(Table):
     """How new weights reach the engine (see `weightsync`), and what becomes of requests under way when they come."""
 
-    transport: Literal["ipc", "disk", "rdma", "collective"] = "ipc"
+    transport: Literal["auto", "ipc", "disk", "rdma", "collective", "cuda_ipc", "mooncake"] = Field(
+        default="auto", description="auto: chosen from where both sides are (weightsync/topology.py)"
+    )
     in_flight: Literal["abort", "retract", "continue"] = Field(
         default="abort", description="between the steps of a synchronous loop there are none"
     )

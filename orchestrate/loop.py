@@ -123,10 +123,7 @@ class Driver:
         else:
             actors.check_digests(actors.digests["engine"], actors.digests["trainer"], "after loading the model")
         first = self._sync(checkpoint.step if checkpoint else 0)
-        self.progress.note(
-            f"weights: {first.bytes / 1e6:.1f} MB by {first.transport} at {first.gb_per_s:.2f} GB/s, "
-            f"copied {first.copied_bytes / first.bytes:.2f} times in all, {first.copied_by_engines} bytes by the engine"
-        )
+        self.progress.note(str(first))
 
     def step(self, number: int) -> StepMetrics:
         """One step: returns its metrics; the weights of both sides are equal again when it returns."""

@@ -20,6 +20,8 @@ from zerokl.orchestrate.errors import UserError
 from zerokl.orchestrate.rewards import Reward
 from zerokl.orchestrate.samples import plan
 from zerokl.orchestrate.tokens import Tokenizer
+from zerokl.weightsync.place import available
+from zerokl.weightsync.topology import AUTO, TRANSPORTS, lacking
 
 T = TypeVar("T")
 
@@ -58,6 +60,7 @@ def prepare(config: Config, base: Path) -> Prepared:
             return None
 
     config = _absolute(config, base)
+    attempt(lambda: check_transport(config.weightsync.transport))
     named = config.model.architecture
     architecture = attempt(partial(load_architecture, named, base)) if named else None
     model = attempt(lambda: models.resolve(config.model.name, architecture))
@@ -84,6 +87,15 @@ def _source(config: Config, base: Path) -> Source:
     if not callable(source):
         raise UserError(f"{config.data.source} returned {type(source).__name__}", "return a callable: index -> Task")
     return source
+
+
+def check_transport(name: str) -> None:
+    """Raise UserError for a transport that is not known, or lacks what it needs here, where both sides run."""
+    if name not in (AUTO, *TRANSPORTS):
+        raise UserError(f"transport {name!r} is not known", f"known are {', '.join((AUTO, *TRANSPORTS))}")
+    if name != AUTO and not available(name):
+        problem = lacking(name)
+        raise UserError(problem.cause, problem.remedy)
 
 
 def _check_lengths(config: Config, model: ModelConfig) -> None:

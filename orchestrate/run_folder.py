@@ -18,7 +18,7 @@ from zerokl.orchestrate.metrics import FILE as METRICS
 
 # Settings that change no bit of the training: free to differ when a run is resumed.
 _FREE = {"train.steps", "train.threads", "rollout.threads"}
-_FREE_TABLES = {"control", "run"}
+_FREE_TABLES = {"control", "run", "weightsync"}
 _STATE = "state.json"
 
 

@@ -22,7 +22,7 @@ from zerokl.alignment.verify import compare
 from zerokl.orchestrate.damage import DAMAGES, Damage, DamagingSource
 from zerokl.orchestrate.errors import RunError
 from zerokl.orchestrate.scoring import score
-from zerokl.orchestrate.weights import Meeting, WeightLink
+from zerokl.orchestrate.weights import Meeting, SyncReport, WeightLink
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.live_model import block_layout
 from zerokl.weightsync.protocol import Deadlines, Outcome
@@ -64,14 +64,17 @@ class SyncRuns:
     """An engine and a policy that exchange weights, with faults in between. Owns both ends."""
 
     def __init__(
-        self, meeting: Meeting, engine: RolloutEngine, policy: MegatronPolicy, requests: Sequence[Request]
-    ) -> None:
-        self.engine, self.policy = engine, policy
+        self, meeting: Meeting, engine: RolloutEngine, policy: MegatronPolicy, requests: Sequence[Request], *,
+        faults: bool = False,
+    ) -> None:  # fmt: skip
+        """``faults``: the sending end is one that can do damage; it sends by `ipc`."""
+        self.engine, self.policy, self.faults = engine, policy, faults
         short = [replace(r.sampling, max_new_tokens=min(_NEW_TOKENS, r.sampling.max_new_tokens)) for r in requests]
         few = zip(requests[:_SAMPLED], short, strict=False)
         self._requests = [replace(request, sampling=sampling, arrival_s=0.0) for request, sampling in few]
         self._source = DamagingSource(meeting.folder)
-        self._link = WeightLink(meeting, *block_layout(*policy.weight_blocks()), source=self._source)
+        source = self._source if faults else None
+        self._link = WeightLink(meeting, *block_layout(*policy.weight_blocks()), source=source)
         self._digests: dict[str | None, dict[str, str]] = {}
 
     def __enter__(self) -> Self:
@@ -81,9 +84,10 @@ class SyncRuns:
         self.engine.close()
         self._link.close()
 
-    def first(self) -> None:
-        """The engine's first weights."""
-        self._send("0")
+    def first(self) -> SyncReport:
+        """The engine's first weights. Raises WeightSyncError if they do not get there."""
+        self._digests["0"] = self._digest()
+        return self._link.sync("0", timeout_s=_TIMEOUT_S)
 
     def round(self, number: int, fault: Fault, phase: str, where: int) -> Round:
         """Train a step, send its weights under the fault, look at what is served, send them again without one."""
@@ -180,15 +184,15 @@ class SyncRuns:
             time.sleep(0.05)
 
 
-def run(runs: SyncRuns, syncs: int, seed: int, *, faults: bool, say: Callable[[str], None]) -> list[Round]:
+def run(runs: SyncRuns, syncs: int, seed: int, *, say: Callable[[str], None]) -> list[Round]:
     """``syncs`` rounds; every fault comes once before any comes twice."""
     rng, rounds = random.Random(seed), []
     drawn: list[Fault] = []
-    runs.first()
+    say(str(runs.first()))
     say(_line(("round", "fault", "phase", "witness", "outcome", "served", "whole", "next", "mismatched")))
     for number in range(1, syncs + 1):
         if not drawn:
-            drawn = list(FAULTS) if faults else ["none"]
+            drawn = list(FAULTS) if runs.faults else ["none"]
             rng.shuffle(drawn)
         row = runs.round(number, drawn.pop(), rng.choice(PHASES), rng.randrange(1 << 30))
         rounds.append(row)

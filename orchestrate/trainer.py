@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zerokl.orchestrate.errors import RunError, SyncFailed
+from zerokl.orchestrate.errors import RunError, SyncFailed, UserError
 from zerokl.orchestrate.logs import redirect_output
 from zerokl.orchestrate.samples import Sample, dealt, microbatches
 
@@ -204,11 +204,14 @@ class Trainer:
     def sync(self, version: str, in_flight: InFlight) -> SyncReport:
         """Put the current weights into the engine; `in_flight`: what becomes of requests under way.
 
-        Raises SyncFailed, with the cause, if they did not get there."""
+        Raises SyncFailed, with the cause, if they did not get there; UserError if this transport never could."""
         from zerokl.weightsync.errors import WeightSyncError
+        from zerokl.weightsync.topology import Unfit
 
         try:
             return self.link.sync(version, timeout_s=_JOIN_S, in_flight=in_flight)
+        except Unfit as unfit:
+            raise UserError(unfit.cause, unfit.remedy) from unfit
         except (WeightSyncError, TimeoutError) as error:
             raise SyncFailed(str(error)) from error
 

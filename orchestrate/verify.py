@@ -25,11 +25,14 @@ from zerokl.orchestrate.actors import cores
 from zerokl.orchestrate.callables import load_architecture
 from zerokl.orchestrate.data import Task, read_jsonl
 from zerokl.orchestrate.errors import RunError, UserError
+from zerokl.orchestrate.preflight import check_transport
 from zerokl.orchestrate.samples import sampling_seed
 from zerokl.orchestrate.scoring import score
 from zerokl.orchestrate.tokens import Tokenizer
 from zerokl.orchestrate.weights import Meeting, WeightLink
+from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.live_model import block_layout
+from zerokl.weightsync.topology import AUTO, Unfit
 
 if TYPE_CHECKING:
     from zerokl.alignment.architectures import Architecture
@@ -47,7 +50,7 @@ class Settings:
     """The command's options; ``architecture``: the name of one the package does not know, ``stock``: the engines' own
     kernels, ``replay``: see `alignment.routing_replay`, ``segments``: of contract R2, in both engines,
     ``rollout_tensor_parallel``: ranks of the rollout engine, ``inject``: one planted fault, ``syncs``: how often the
-    policy is trained and sent to the engine before (`sync_runs`), with ``sync_faults``."""
+    policy is trained and sent to the engine before (`sync_runs`) by ``transport``, with ``sync_faults``."""
 
     model: str
     architecture: str | None = None
@@ -62,6 +65,7 @@ class Settings:
     rollout_tensor_parallel: int = 1
     inject: faults.Fault | None = None
     syncs: int = 0
+    transport: str = AUTO
     sync_faults: bool = False
 
 
@@ -74,6 +78,10 @@ def run(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
         return _run(settings, say)
     except (UnsupportedError, ModelError) as error:
         raise UserError(str(error)) from error
+    except Unfit as unfit:
+        raise UserError(unfit.cause, unfit.remedy) from unfit
+    except WeightSyncError as error:
+        raise RunError(str(error)) from error
     except (EngineError, HookError, TimeoutError) as error:
         raise RunError(f"the rollout engine failed: {error}") from error
 
@@ -86,7 +94,9 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         meeting = None
         if settings.syncs or settings.inject == "tie-break":  # the one fault that changes the weights of both sides
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zerokl-")))
-            meeting = Meeting.in_folder(scratch, receivers=settings.rollout_tensor_parallel)
+            meeting = Meeting.in_folder(
+                scratch, transport=settings.transport, receivers=settings.rollout_tensor_parallel
+            )
         engine, policy = start(
             folder, requests, architecture, stock=settings.stock, replay=settings.replay, segments=settings.segments,
             tensor_parallel=settings.rollout_tensor_parallel, meeting=meeting, trained=settings.syncs > 0,
@@ -94,8 +104,9 @@ def _run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         sync, rounds = None, []
         if settings.syncs:
             assert meeting is not None
-            runs = stack.enter_context(sync_runs.SyncRuns(meeting, engine, policy, requests))
-            rounds = sync_runs.run(runs, settings.syncs, settings.seed, faults=settings.sync_faults, say=say)
+            faulty = settings.sync_faults
+            runs = stack.enter_context(sync_runs.SyncRuns(meeting, engine, policy, requests, faults=faulty))
+            rounds = sync_runs.run(runs, settings.syncs, settings.seed, say=say)
             engine = runs.engine  # it may be another one by now
         else:
             stack.enter_context(engine)
@@ -210,8 +221,7 @@ def make_requests(
     tokenizer = Tokenizer(folder, config.vocab_size)
     if settings.syncs and settings.stock:
         raise UserError("--syncs: stock engines take no new weights", "leave out --control stock")
-    if settings.sync_faults and not settings.syncs:
-        raise UserError("--faults: there is no transfer to fail", "add --syncs N")
+    _check_transfers(settings)
     longest = config.max_position_embeddings - settings.max_new_tokens
     if longest < 1:
         raise UserError(
@@ -240,6 +250,14 @@ def make_requests(
         )
         for index, (ids, arrival) in enumerate(prompts)
     ]
+
+
+def _check_transfers(settings: Settings) -> None:
+    if not settings.syncs and (settings.sync_faults or settings.transport != AUTO):
+        raise UserError("--faults, --transport: there is no transfer", "add --syncs N")
+    if settings.sync_faults and settings.transport not in (AUTO, "ipc"):
+        raise UserError(f"--faults damages transfers by ipc, not by {settings.transport}", "leave out --transport")
+    check_transport(settings.transport)
 
 
 def _check_moe(settings: Settings, config: ModelConfig) -> None:

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from zerokl.weightsync.channel import WeightSender
-from zerokl.weightsync.ends import source_end
+from zerokl.weightsync.ends import Ends, Site, source_ends
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout
 from zerokl.weightsync.members import WeightSource
 from zerokl.weightsync.messages import InFlight
 from zerokl.weightsync.protocol import Deadlines, Outcome
+from zerokl.weightsync.topology import AUTO
 from zerokl.weightsync.transports.base import Buffers, Source
 from zerokl.weightsync.wire import new_token, read_token
 
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A folder of this user alone with the coordinator's socket and the run's token. ``senders``: trainer ranks;
-    ``receivers``: engine ranks; ``floor_gb_per_s``: a slower transfer is refused."""
+    """A folder of this user alone with the coordinator's socket and the run's token. ``transport``: a name or "auto";
+    ``senders``: trainer ranks; ``receivers``: engine ranks; ``floor_gb_per_s``: a slower transfer is refused."""
 
     folder: Path
-    transport: str = "ipc"
+    transport: str = AUTO
     receivers: int = 1
     senders: int = 1
     floor_gb_per_s: float = 0.0
 
     @staticmethod
     def in_folder(
-        parent: Path, *, transport: str = "ipc", receivers: int = 1, senders: int = 1, floor_gb_per_s: float = 0.0
+        parent: Path, *, transport: str = AUTO, receivers: int = 1, senders: int = 1, floor_gb_per_s: float = 0.0
     ) -> Meeting:  # fmt: skip
         """A new folder below ``parent``, whose path must be short: sockets lie in it."""
         folder = parent / "weights"
@@ -66,33 +67,40 @@ class Meeting:
         """What the engine is started with."""
         from zerokl.alignment.sglang.config import Transfer
 
-        return Transfer(
-            str(self.address), str(self.folder / "token"),
-            ranks=self.ranks, transport=self.transport,
-        )  # fmt: skip
+        return Transfer(str(self.address), str(self.folder / "token"), ranks=self.ranks)
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One completed transfer. ``copied_bytes``: copied by all participants together, ``copied_by_engines``: by the
-    engines alone; ``gb_per_s``: of the bytes' way; ``paused_s``: how long the engine did not serve."""
+    """One completed transfer. ``reason``: why this transport; ``copied_bytes``: copied by all participants together,
+    ``copied_by_engines``: by the engines alone; ``gb_per_s``: of the bytes' way; ``paused_s``: how long the engine did
+    not serve."""
 
     version: str
     transport: str
+    reason: str
     bytes: int
     copied_bytes: int
     copied_by_engines: int
     gb_per_s: float
     paused_s: float
 
+    def __str__(self) -> str:
+        return (
+            f"weights: {self.bytes / 1e6:.1f} MB by {self.transport} ({self.reason}) at {self.gb_per_s:.2f} GB/s, "
+            f"copied {self.copied_bytes / self.bytes:.2f} times in all, {self.copied_by_engines} bytes by the engine"
+        )
+
 
 def sending_rank(
     meeting: Meeting, layout: Layout, buffers: Buffers, rank: int, *, source: Source | None = None
 ) -> WeightSource:  # fmt: skip
-    """Rank number ``rank`` of the trainer, whose own layout and memory these are, ready to send in the background."""
-    end = source or source_end(meeting.transport, meeting.folder, meeting.ranks)
+    """Rank number ``rank`` of the trainer, whose own layout and memory these are, ready to send in the background.
+    ``source``: the one end to use."""
+    device = next(iter(buffers.values())).device
+    ends = Ends.only(source) if source else source_ends(Site(meeting.folder, meeting.ranks, device))
     of_all = Layout(layout.tensors, layout.ranks * (rank + 1))
-    sending = WeightSource(meeting.address, meeting.token, of_all, rank, end)
+    sending = WeightSource(meeting.address, meeting.token, of_all, rank, ends)
     sending.buffers = buffers
     sending.start()
     return sending
@@ -104,27 +112,24 @@ class WeightLink:
     def __init__(
         self, meeting: Meeting, layout: Layout, buffers: Buffers, *, source: Source | None = None
     ) -> None:  # fmt: skip
-        """``buffers``: the memory of the weights, read at every transfer. ``source``: another transport's end than the
-        meeting's (for fault injection)."""
-        self._meeting = meeting
+        """``buffers``: the memory of the weights, read at every transfer. ``source``: the one end to use (for fault
+        injection)."""
         self.watch: Callable[[str], None] = lambda _: None  # told every phase of a transfer as it begins
         self.sender = WeightSender(
             meeting.address, meeting.token, sources=meeting.senders, receivers=meeting.receivers,
-            floor_gb_per_s=meeting.floor_gb_per_s, observe=self._entered,
+            transport=meeting.transport, floor_gb_per_s=meeting.floor_gb_per_s, observe=self._entered,
         )  # fmt: skip
         self._source = sending_rank(meeting, layout, buffers, 0, source=source)
 
     def sync(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> SyncReport:
         """Give the engine the weights as they are now. Raises WeightSyncError, with the cause, if it did not come to
-        that: the engine serves what it served before, or nothing. TimeoutError if someone did not join in time."""
+        that: the engine serves what it served before, or nothing. Unfit, one of these, for a transport that cannot work
+        here; TimeoutError if someone did not join in time."""
         outcome = self.attempt(version, timeout_s=timeout_s, in_flight=in_flight)
         if not outcome.committed or outcome.lost:
             cause = outcome.cause or "; ".join(f"{name}: {why}" for name, why in outcome.lost.items())
             raise WeightSyncError(f"weights {version!r} did not reach the engine: {cause}")
-        return SyncReport(
-            version, self._meeting.transport, outcome.bytes, outcome.copied_bytes, outcome.copied_by_engines,
-            outcome.gb_per_s, outcome.paused_s,
-        )  # fmt: skip
+        return self.report(outcome)
 
     def attempt(
         self, version: str, *, timeout_s: float, in_flight: InFlight = "abort", deadlines: Deadlines | None = None
@@ -132,6 +137,15 @@ class WeightLink:
         """The same for who wants to know how it failed."""
         self.sender.wait(timeout_s)
         return self.sender.sync(version, in_flight=in_flight, deadlines=deadlines)
+
+    def report(self, outcome: Outcome) -> SyncReport:
+        """A transfer that was committed."""
+        choice = self.sender.choice
+        assert choice is not None
+        return SyncReport(
+            outcome.version, choice.transport, choice.reason, outcome.bytes, outcome.copied_bytes,
+            outcome.copied_by_engines, outcome.gb_per_s, outcome.paused_s,
+        )  # fmt: skip
 
     def _entered(self, phase: str) -> None:
         self.watch(phase)

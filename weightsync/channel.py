@@ -24,6 +24,7 @@ from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout
 from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.protocol import Coordinator, Deadlines, Outcome, Outgoing, Phase
+from zerokl.weightsync.topology import AUTO, Choice, choose
 
 _GREETING_S = 5.0
 
@@ -39,9 +40,14 @@ class WeightSender:
 
     def __init__(
         self, address: Path, token: bytes, *, sources: int, receivers: int, deadlines: Deadlines | None = None,
-        floor_gb_per_s: float = 0.0, observe: Callable[[str], None] = lambda _: None,
+        transport: str = AUTO, floor_gb_per_s: float = 0.0, observe: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """Listen at ``address``, in a folder of this user alone; participants prove that they know ``token``."""
+        """Listen at ``address``, in a folder of this user alone; participants prove that they know ``token``.
+
+        ``transport``: its name, or `topology.AUTO`: then `choice` follows from where the participants are.
+        """
+        self._wanted = transport
+        self.choice: Choice | None = None
         self._names = [name_of(source=True, rank=rank) for rank in range(sources)]
         self._names += [name_of(source=False, rank=rank) for rank in range(receivers)]
         self._sources = sources
@@ -73,7 +79,8 @@ class WeightSender:
         ``in_flight``: what becomes of requests under way; ``deadlines``: others than usual, for this transfer.
 
         Returns how it ended: look at ``committed`` and ``cause``. Raises WeightSyncError, before anything starts, if a
-        participant is not connected, the layouts do not fit together, or a transfer is under way.
+        participant is not connected, the layouts do not fit together, or a transfer is under way; Unfit, one of these,
+        if no transport, or not the wanted one, works between the participants.
         """
         if self._coordinator is not None:
             self._coordinator.check_idle(version)  # before anything is taken from the other transfer's inbox
@@ -126,20 +133,21 @@ class WeightSender:
         self.close()
 
     def _plan(self) -> Coordinator:
-        """The coordinator for the present layouts; planned again only when one of them changed."""
+        """The coordinator for these participants; planned again only when something that they said has changed."""
         joins = [self._peers[name].join for name in self._names]
-        transports = {join.transport for join in joins}
-        if len(transports) > 1:
-            raise WeightSyncError(f"the participants use different transports: {', '.join(sorted(transports))}")
+        places = [join.place for join in joins]
+        choice = choose(self._wanted, places[: self._sources], places[self._sources :])
         ranks, tensors = [join.rank for join in joins], joins[0].tensors
         for name, join in zip(self._names, joins, strict=True):
             different = sorted(set(tensors) ^ set(join.tensors), key=lambda tensor: tensor.name)
             if different:  # the order is each side's own
                 raise WeightSyncError(f"{name} has another model than {self._names[0]}: {different[:2]}")
         layouts = Layout(tensors, tuple(ranks[: self._sources])), Layout(tensors, tuple(ranks[self._sources :]))
-        if self._coordinator is None or layouts != self._layouts:
-            self._coordinator = Coordinator(*layouts, self._deadlines, floor_gb_per_s=self._floor)
-            self._layouts = layouts
+        if self._coordinator is None or (layouts, choice) != (self._layouts, self.choice):
+            self._coordinator = Coordinator(
+                *layouts, self._deadlines, floor_gb_per_s=self._floor, transport=choice.transport
+            )
+            self._layouts, self.choice = layouts, choice
         return self._coordinator
 
     def _send(self, coordinator: Coordinator, outgoing: Outgoing) -> None:

@@ -22,6 +22,8 @@ Block = tuple[str, int, int, int, int, str, int]
 """Rows [top, bottom) and columns [left, right) of a tensor, in the rows of a parameter: tensor, top, bottom, left,
 right, parameter, first of its rows. Matrices have the first dimension as rows; a block fills the parameter's rows."""
 
+_DEVICES = ("cpu", "cuda")
+
 
 def named_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
     """One rank that holds whole tensors under their Hugging Face names: its layout, and its buffers.
@@ -40,9 +42,9 @@ def block_layout(
     parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], blocks: Iterable[Block]
 ) -> tuple[Layout, dict[str, torch.Tensor]]:
     """One rank that holds ``blocks`` of the model's ``tensors`` (which may be without memory) in its ``parameters``
-    (contiguous, on the CPU). Returns its layout, and its buffers, which are views.
+    (contiguous, on the CPU or a GPU). Returns its layout, and its buffers, which are views.
 
-    Raises WeightSyncError for a parameter that is not contiguous on the CPU.
+    Raises WeightSyncError for a parameter that is not contiguous, on the CPU or a GPU.
     """
     described = {name: Tensor(name, tuple(tensor.shape), _dtype(tensor)) for name, tensor in tensors.items()}
     pieces = []
@@ -55,15 +57,16 @@ def block_layout(
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes, uint8 [n], as a view. Raises WeightSyncError unless it is contiguous and on the CPU."""
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise WeightSyncError(f"need a contiguous CPU tensor, got {tuple(tensor.shape)} on {tensor.device}")
+    """The tensor's bytes, uint8 [n], as a view. Raises WeightSyncError unless it is contiguous, on the CPU or a GPU."""
+    if not tensor.is_contiguous() or tensor.device.type not in _DEVICES:
+        raise WeightSyncError(f"need a contiguous CPU or CUDA tensor, got {tuple(tensor.shape)} on {tensor.device}")
     return tensor.detach().view(-1).view(torch.uint8)
 
 
 class LiveModel:
-    """An `Engine` that swaps the memory under a model's parameters; nothing is copied. Raises WeightSyncError for
-    parameters that are not in CPU memory.
+    """An `Engine` that swaps the memory under a model's parameters, on the CPU or on one GPU (``device``); nothing is
+    copied. Captured CUDA graphs would go on reading the old memory: the engine must run without them. Has not run on a
+    GPU. Raises WeightSyncError for parameters on several devices, or on another kind.
 
     ``pause`` and ``resume`` stop and start the answering of requests; ``run`` calls what it is given where no step of
     the engine runs, with whatever the engine needs before and after a change of its weights.
@@ -79,9 +82,7 @@ class LiveModel:
     ) -> None:
         self._parameters = dict(model.named_parameters())  # lists a shared parameter once
         self._first = {name: parameter.data for name, parameter in self._parameters.items()}
-        elsewhere = sorted({str(parameter.device) for parameter in self._first.values()} - {"cpu"})
-        if elsewhere:
-            raise WeightSyncError(f"weights are received into CPU memory only; the model is on {', '.join(elsewhere)}")
+        self.device = _one_device(self._first.values())
         self.pause, self._run, self._resume = pause, run, resume
         self.layout = _live_layout(model, self._parameters)
 
@@ -99,8 +100,22 @@ class LiveModel:
         self._resume(version)
 
     def _swap(self, memory: Mapping[str, torch.Tensor]) -> None:
+        if {memory[name].device for name in self._parameters} != {self.device}:  # asked before anything is swapped
+            found = ", ".join(sorted({str(memory[name].device) for name in self._parameters}))
+            raise WeightSyncError(
+                f"the new weights lie on {found}, the model is on {self.device}: a GPU's arrive there by cuda_ipc, "
+                "collective or rdma, those in host memory by any transport but cuda_ipc"
+            )
         for name, parameter in self._parameters.items():
             parameter.data = memory[name].view(parameter.dtype).view(parameter.shape)
+
+
+def _one_device(tensors: Iterable[torch.Tensor]) -> torch.device:
+    found = {tensor.device for tensor in tensors}
+    if len(found) != 1 or next(iter(found)).type not in _DEVICES:
+        names = ", ".join(sorted(map(str, found)))
+        raise WeightSyncError(f"weights are received into CPU memory or one GPU's; the model is on {names}")
+    return found.pop()
 
 
 def _live_layout(model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter]) -> Layout:

@@ -21,11 +21,13 @@ import xxhash
 
 from zerokl.weightsync import messages as m
 from zerokl.weightsync import wire
+from zerokl.weightsync.ends import Ends
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout, Rank
 from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.participant import Effect, Participant, State
 from zerokl.weightsync.plan import Batch, Plan, make_plan
+from zerokl.weightsync.topology import Place
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Source, Target
 from zerokl.weightsync.transports.copies import source_digests, target_digests
 
@@ -62,13 +64,13 @@ class _Member:
 
     def __init__(
         self, address: Path, token: bytes, machine: Participant, *, source: bool, layout: Layout, rank: int,
-        transport: str, observe: Observer,
+        place: Place, observe: Observer,
     ) -> None:  # fmt: skip
         self.machine, self.name = machine, name_of(source=source, rank=rank)
         self.last_error = ""
         self._address, self._token, self._observe = address, token, observe
         self._is_source, self._rank, self._held = source, rank, layout.ranks[rank]
-        self._join = m.Join(layout.tensors, self._held, transport)
+        self._join = m.Join(layout.tensors, self._held, place)
         self._planned: tuple[Layout, Layout, Plan] | None = None
         self._inbox: queue.SimpleQueue[tuple[object, object]] = queue.SimpleQueue()
         self._patience = 0.0
@@ -214,56 +216,59 @@ class _Member:
 
 
 class WeightSource(_Member):
-    """One sending rank. ``buffers`` is read during a transfer: set it before, and leave its bytes alone meanwhile."""
+    """One sending rank. ``transport``: its only end, or the ends to have when the coordinator has chosen. ``buffers``
+    is read during a transfer: set it before, and leave its bytes alone meanwhile."""
 
     def __init__(
-        self, address: Path, token: bytes, layout: Layout, rank: int, transport: Source, *,
+        self, address: Path, token: bytes, layout: Layout, rank: int, transport: Source | Ends[Source], *,
         observe: Observer = lambda _: None,
     ) -> None:  # fmt: skip
         machine = Participant(source=True)
+        self._ends = transport if isinstance(transport, Ends) else Ends.only(transport)
         super().__init__(
-            address, token, machine, source=True, layout=layout, rank=rank, transport=transport.name, observe=observe
+            address, token, machine, source=True, layout=layout, rank=rank, place=self._ends.place, observe=observe
         )
         self.buffers: Buffers = {}
-        self._transport = transport
 
     def carry_out(self, effect: Effect, order: m.Message) -> m.Message:
         job = self.job
         assert job is not None
         match order:
             case m.Plan():
+                self._ends.use(order.transport)
                 return self._make_plan(order)
             case m.Prepare(attempt):
                 _check_sizes(self.buffers, self._held)
-                return m.Prepared(attempt, self._transport.prepare(job, self.buffers))
+                return m.Prepared(attempt, self._ends.current.prepare(job, self.buffers))
             case m.Transfer(attempt, endpoints):
                 start = time.monotonic()
-                copied = self._transport.transfer(job, endpoints)
+                copied = self._ends.current.transfer(job, endpoints)
                 seconds = time.monotonic() - start
                 return m.Transferred(attempt, source_digests(self.buffers, job.sent()), copied, seconds)
             case m.Resume(attempt):
-                self._transport.finish()
+                self._ends.finish()
                 return m.Resumed(attempt)
         raise WeightSyncError(f"a source does not {effect}")
 
     def undo(self) -> None:
-        self._transport.finish()
+        self._ends.finish()
         self.machine.rolled_back()
 
 
 class WeightReceiver(_Member):
-    """One receiving rank and the engine it feeds. ``in_place``: the engine's own buffers, where there is no memory for
-    a second version."""
+    """One receiving rank and the engine it feeds. ``transport``: as for a source. ``in_place``: the engine's own
+    buffers, where there is no memory for a second version."""
 
     def __init__(
-        self, address: Path, token: bytes, layout: Layout, rank: int, transport: Target, engine: Engine, *,
-        in_place: Buffers | None = None, observe: Observer = lambda _: None,
+        self, address: Path, token: bytes, layout: Layout, rank: int, transport: Target | Ends[Target], engine: Engine,
+        *, in_place: Buffers | None = None, observe: Observer = lambda _: None,
     ) -> None:  # fmt: skip
         machine = Participant(source=False, in_place=in_place is not None)
+        self._ends = transport if isinstance(transport, Ends) else Ends.only(transport)
         super().__init__(
-            address, token, machine, source=False, layout=layout, rank=rank, transport=transport.name, observe=observe
+            address, token, machine, source=False, layout=layout, rank=rank, place=self._ends.place, observe=observe
         )
-        self._transport, self._engine = transport, engine
+        self._engine = engine
         self._room = Room(self._held.buffers, in_place)
         self._arrived = Arrived({}, 0)
         self._paused = self._installed = False
@@ -279,14 +284,15 @@ class WeightReceiver(_Member):
         assert job is not None
         match order:
             case m.Plan():
+                self._ends.use(order.transport)
                 return self._make_plan(order)
             case m.Prepare(attempt):
                 if self._room.in_place:
                     self._pause()
-                return m.Prepared(attempt, self._transport.prepare(job, self._room))
+                return m.Prepared(attempt, self._ends.current.prepare(job, self._room))
             case m.Transfer(attempt, endpoints):
                 start = time.monotonic()
-                self._arrived = self._transport.transfer(job, endpoints)
+                self._arrived = self._ends.current.transfer(job, endpoints)
                 return m.Transferred(attempt, (), self._arrived.copied_bytes, time.monotonic() - start)
             case m.Verify(attempt, digests):
                 found = target_digests(self._arrived.buffers, job.received())
@@ -303,12 +309,12 @@ class WeightReceiver(_Member):
                 self._engine.resume(job.version)
                 paused_s = time.monotonic() - self._paused_at
                 del previous  # not earlier: giving back mapped memory takes long, and the engine would wait for it
-                self._transport.finish()
+                self._ends.finish()
                 return m.Resumed(attempt, paused_s)
         raise WeightSyncError(f"a receiver does not {effect}")
 
     def undo(self) -> None:
-        self._transport.finish()
+        self._ends.finish()
         if self._installed and not self._room.in_place:  # in place there is nothing left to go back to
             self._engine.restore(self.machine.version, self._room.live)
         self._installed, self._arrived = False, Arrived({}, 0)

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from zerokl.weightsync.layout import Layout, Rank, Tensor
+from zerokl.weightsync.topology import Place
 
 MAX_FRAME = 64 << 20
 """Bytes of one authenticated message: two layouts of a model with tens of thousands of tensors."""
@@ -61,11 +62,11 @@ class Welcome(Message, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """What the participant holds; sent once, after both have proven themselves."""
+    """What the participant holds, and where it is; sent once, after both have proven themselves."""
 
     tensors: tuple[Tensor, ...]
     rank: Rank
-    transport: Annotated[str, Meta(max_length=32)]
+    place: Place
 
 
 class InAttempt(Message, frozen=True):
@@ -75,12 +76,14 @@ class InAttempt(Message, frozen=True):
 
 
 class Plan(InAttempt, frozen=True):
-    """Compute the plan and answer its digest. Without an order for ``patience_s`` the coordinator counts as gone."""
+    """Compute the plan, have an end of the transport, and answer the plan's digest. Without an order for ``patience_s``
+    the coordinator counts as gone."""
 
     version: Version
     sender: Layout
     receiver: Layout
     patience_s: Seconds
+    transport: Annotated[str, Meta(max_length=64)]
     in_flight: InFlight = "abort"
 
 

@@ -99,11 +99,15 @@ _ANSWERS: dict[Phase, type[m.Message]] = {
 class Coordinator:
     """Drives one attempt at a time. ``deadline``: when to call `tick`; ``waiting``: for whom it waits."""
 
-    def __init__(self, sender: Layout, receiver: Layout, deadlines: Deadlines, *, floor_gb_per_s: float = 0.0) -> None:
-        """Plan the transfer. Raises LayoutError if the sides do not fit together."""
+    def __init__(
+        self, sender: Layout, receiver: Layout, deadlines: Deadlines, *, floor_gb_per_s: float = 0.0,
+        transport: str = "",
+    ) -> None:  # fmt: skip
+        """Plan the transfer; ``transport``: what everyone is told to use. Raises LayoutError if the sides do not fit
+        together."""
         self.plan: Plan = make_plan(sender, receiver)
         self._layouts = sender, receiver
-        self.deadlines, self._floor = deadlines, floor_gb_per_s
+        self.deadlines, self._floor, self._transport = deadlines, floor_gb_per_s, transport
         self.sources = [name_of(source=True, rank=rank) for rank in range(len(sender.ranks))]
         self.targets = [name_of(source=False, rank=rank) for rank in range(len(receiver.ranks))]
         self.phase = Phase.IDLE
@@ -126,7 +130,7 @@ class Coordinator:
         self._answers: dict[str, m.Message] = {}
         self._expected: dict[str, tuple[bytes, ...]] = {}
         sender, receiver = self._layouts
-        order = m.Plan(attempt, version, sender, receiver, self.deadlines.patience, in_flight)
+        order = m.Plan(attempt, version, sender, receiver, self.deadlines.patience, self._transport, in_flight)
         return self._enter(Phase.PLAN, self.sources + self.targets, lambda _: order, now)
 
     def receive(self, peer: str, message: m.Message, now: float) -> Outgoing:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zerokl.weightsync.ends import target_end
+from zerokl.weightsync.ends import Site, target_ends
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout
 from zerokl.weightsync.live_model import LiveModel
@@ -45,7 +45,7 @@ def start(
         read_token(Path(settings["token_file"])),
         Layout(layout.tensors, layout.ranks * (engine + 1)),
         engine * size + rank,
-        target_end(settings["transport"], folder, tuple(settings["ranks"])),
+        target_ends(Site(folder, tuple(settings["ranks"]), live.device)),
         live,
     )
     receiver.start()

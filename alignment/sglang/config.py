@@ -37,7 +37,7 @@ class Transfer:
     """Where an engine gets its weights from: each of its ranks joins the coordinator's transfers.
 
     address: the coordinator's socket; token_file: the run's token, in a file of this user alone; engine: this engine's
-    number, from 0; ranks: how many send and receive in all; transport: how the bytes travel.
+    number, from 0; ranks: how many send and receive in all.
     receiver: the function, by name, that starts the receiving end in the scheduler's process.
     """
 
@@ -45,7 +45,6 @@ class Transfer:
     token_file: str
     engine: int = 0
     ranks: tuple[int, int] = (1, 1)
-    transport: str = "ipc"
     receiver: str = "zerokl.weightsync.sglang_receiver.start"
 
 

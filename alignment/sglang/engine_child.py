@@ -316,12 +316,13 @@ def _server_args(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
         "tp_size": config.tensor_parallel,
         "disable_shared_experts_fusion": True,  # the shared expert is added last, not as one slot among others
         "enable_return_routed_experts": config.capture_experts,
+        "disable_cuda_graph": on_cpu or config.transfer is not None,  # new weights lie elsewhere
         "log_level": "warning",
     }
     if not config.stock:
         args["json_model_override_args"] = json.dumps(_overrides(config))
     if on_cpu:
-        args |= {"device": "cpu", "disable_cuda_graph": True, "mem_fraction_static": 0.3}
+        args |= {"device": "cpu", "mem_fraction_static": 0.3}
     return args
 
 

@@ -6,20 +6,25 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.runtime_context import get_parallel
 
 from zerokl.alignment.sglang.config import TRANSFER_KEY, Transfer
+from zerokl.alignment.sglang.errors import UnsupportedError
 from zerokl.alignment.sglang.gate import Gate
 
 
 def attach(runner: Any) -> Callable[[], dict[str, Any]]:
     """Have the receiving end start with the scheduler's loop, if the engine was started with `EngineConfig.transfer`.
 
-    Returns what reports its state. This is the one place that says which rank of the engine this process is.
+    Returns what reports its state. This is the one place that says which rank of the engine this process is. Raises
+    UnsupportedError where CUDA graphs are captured: they would go on reading the memory of the old weights.
     """
     settings = getattr(runner.model.config, TRANSFER_KEY, None)
     if settings is None:
         return dict
+    if any(parameter.is_cuda for parameter in runner.model.parameters()) and not cuda_graph_fully_disabled():
+        raise UnsupportedError("transfer: CUDA graphs would keep the old weights; set disable_cuda_graph (SGLang)")
     transfer = Transfer(**settings)
     state: list[Callable[[], dict[str, Any]]] = [lambda: {"state": "starting", "version": None}]
 

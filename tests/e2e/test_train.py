@@ -81,11 +81,11 @@ def sparse(folder, command, model_folder):
 
 @pytest.fixture(scope="module")
 def resumed(folder, command):
-    """The same run, stopped by Ctrl-C during its second step and continued."""
+    """The same run over `collective`, stopped by Ctrl-C during its second step, and continued over `disk`."""
     run = folder / "stopped"
     # a session of its own: the signal reaches every process of the group, as Ctrl-C in a terminal does
     process = subprocess.Popen(
-        command("stopped"),
+        command("stopped", "--set", "weightsync.transport=collective"),
         cwd=folder,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -101,19 +101,21 @@ def resumed(folder, command):
         process.kill()
     state = {"code": process.returncode, "output": output, "steps": len(steps(run)), "family": family}
     again = subprocess.run(
-        command("stopped", "--resume"), cwd=folder, capture_output=True, text=True, timeout=600, check=False
-    )
+        command("stopped", "--resume", "--set", "weightsync.transport=disk"),
+        cwd=folder, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr + logs(run)
     return run, state
 
 
 @pytest.fixture(scope="module")
 def bereaved(folder, command):
-    """A run whose engine is killed after the first step; (run folder, what it printed, the killed process)."""
+    """A run over `rdma` whose engine is killed after the first step; (run folder, what it printed, the killed one)."""
     run = folder / "bereaved"
     process = subprocess.Popen(
-        command("bereaved"), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command("bereaved", "--set", "weightsync.transport=rdma"),
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
         until(lambda: steps(run), "the first step", process)
         family = psutil.Process(process.pid).children(recursive=True)
@@ -211,11 +213,20 @@ def test_a_run_outlives_its_engine_and_ends_with_the_same_bits(whole, bereaved):
     assert [s["mismatched_tokens"] for s in steps(run)] == [0] * STEPS
 
 
+def test_every_transport_carried_a_run_to_the_same_bits(whole, resumed, bereaved):
+    """That they are the same, the tests around this one say."""
+    assert "MB by ipc (host memory of one host) at " in whole[1]
+    assert "MB by rdma (asked for by name) at " in bereaved[1]
+    assert {s["sync_transport"] for s in steps(bereaved[0])} == {"rdma"}
+    before = resumed[1]["steps"]
+    assert [s["sync_transport"] for s in steps(resumed[0])] == ["collective"] * before + ["disk"] * (STEPS - before)
+
+
 def test_a_resumed_run_ends_with_the_same_bits(whole, resumed):
     for name in ("model/model.safetensors", "checkpoints/step-000004/policy/optimizer.safetensors"):
         assert (whole[0] / name).read_bytes() == (resumed[0] / name).read_bytes(), name
     timings = {"rollout_s", "reward_s", "train_s", "sync_s", "step_s", "tokens_per_s", "cached_tokens"}
-    timings |= {"sync_gb_per_s", "sync_pause_ms"}
+    timings |= {name for name in steps(whole[0])[0] if name.startswith("sync_") and name != "sync_bytes"}
     for one, other in zip(steps(whole[0]), steps(resumed[0]), strict=True):
         assert {k: v for k, v in one.items() if k not in timings} == {
             k: v for k, v in other.items() if k not in timings

@@ -81,9 +81,10 @@ def test_the_engines_own_kernels_differ(verify, name):
     assert found["weights_digest"]["engine"] == found["weights_digest"]["trainer"]
 
 
-def test_transfers_under_drawn_faults_leave_equal_engines(verify):
+def test_transfers_under_drawn_faults_leave_every_rank_of_an_engine_equal(verify):
     """More rounds: zerokl verify --syncs 20 --faults random."""
-    code, found, printed = verify("tiny-llama", "--syncs", "4", "--faults", "random", "--seed", "2", *FEW)
+    ranks = ("--segments", "2", "--rollout-tensor-parallel", "2")
+    code, found, printed = verify("tiny-llama", "--syncs", "4", "--faults", "random", "--seed", "2", *ranks, *FEW)
     assert code == 0, printed
     assert found["mismatched_tokens"] == 0
     assert len({row["fault"] for row in found["syncs"]}) == 4

@@ -16,6 +16,7 @@ from zerokl.alignment.trace import Record, Step
 from zerokl.alignment.verify import Mismatch
 from zerokl.orchestrate import cli, models, trace, verify
 from zerokl.orchestrate.errors import UserError
+from zerokl.weightsync import place
 
 RECIPES = Path(cli.__file__).resolve().parent.parent / "recipes"
 
@@ -162,6 +163,44 @@ def test_options_a_sparse_model_has_no_place_for(zerokl, tiny_moe, options, mess
     code, _, err = zerokl("verify", "--model", tiny_moe, *options)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--transport", "rdma"], "there is no transfer\n  add --syncs N"),
+        (["--faults", "random"], "there is no transfer\n  add --syncs N"),
+        (["--syncs", "1", "--transport", "smoke"], "'smoke' is not known\n  known are auto, ipc, disk"),
+        (
+            ["--syncs", "1", "--faults", "random", "--transport", "disk"],
+            "--faults damages transfers by ipc, not by disk",
+        ),
+    ],
+)
+def test_transfers_that_cannot_be(zerokl, tiny, options, message):
+    code, _, err = zerokl("verify", "--model", tiny, *options)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("cuda_ipc", "a GPU that torch sees"), ("mooncake", "pip install mooncake"), ("rdma", "pip install nixl-cu12")],
+)
+def test_a_transport_whose_package_or_gpu_is_missing_is_refused_before_anything_starts(
+    zerokl, tiny, monkeypatch, name, needs
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(place, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(place, "MOONCAKE", "no_such_package")
+    monkeypatch.setattr(verify, "start", None)  # the engine's and the policy's
+    train = ["train", RECIPES / "tiny.toml", "--dry-run", "--set", f"model.name={tiny}"]
+    for command in (["verify", "--model", tiny, "--syncs", "1", "--transport", name],
+                    [*train, "--set", f"weightsync.transport={name}"]):  # fmt: skip
+        code, out, err = zerokl(*command)
+        assert (code, out) == (2, "")
+        assert f"{name}: not every participant has what it needs" in err
+        assert needs in err
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,22 @@ def test_a_model_follows_the_trainer_and_goes_back_when_a_transfer_fails(tmp_pat
     receiver.close()
 
 
-def test_a_model_that_is_not_in_cpu_memory_is_refused():
-    with pytest.raises(WeightSyncError, match="CPU memory only; the model is on meta"):
-        LiveModel(torch.nn.Linear(2, 2, device="meta"), pause=print, run=print, resume=print)
+def test_a_model_on_another_kind_of_device_or_on_several_is_refused():
+    split = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    for model, where in ((split[1], "meta"), (split, "cpu, meta")):
+        with pytest.raises(WeightSyncError, match=f"CPU memory or one GPU's; the model is on {where}"):
+            LiveModel(model, pause=print, run=print, resume=print)
+
+
+def test_weights_on_another_device_than_the_models_are_not_swapped_in():
+    model = torch.nn.Linear(2, 2)
+    engine = LiveModel(model, pause=print, run=lambda action: action(), resume=print)
+    assert engine.device == torch.device("cpu")
+    buffers = {"weight": torch.zeros(16, dtype=torch.uint8), "bias": torch.zeros(8, dtype=torch.uint8, device="meta")}
+    before = model.weight.data_ptr()
+    with pytest.raises(WeightSyncError, match=r"lie on cpu, meta, the model is on cpu: .* any transport but cuda_ipc"):
+        engine.install("v", buffers)
+    assert model.weight.data_ptr() == before
 
 
 def test_blocks_of_tensors_lie_in_the_parameters_that_hold_them():

@@ -267,7 +267,7 @@ def order_all(member: Participant, *orders: m.Message) -> None:
 
 
 A = bytes(16)
-PLAN = m.Plan(A, "v1", layout(1), layout(3), 60.0)
+PLAN = m.Plan(A, "v1", layout(1), layout(3), 60.0, "ipc")
 
 
 def test_a_receiver_without_a_shadow_buffer_is_quarantined_by_a_failed_transfer_only():

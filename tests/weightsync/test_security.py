@@ -122,7 +122,8 @@ def test_a_parser_takes_anything_and_raises_one_kind_of_error(parser, data):
         PARSERS[parser](data)
 
 
-good = m.Plan(bytes(16), "v", megatron_layout(MODEL, MegatronSizes()), megatron_layout(MODEL, MegatronSizes()), 1.0)
+held = megatron_layout(MODEL, MegatronSizes())
+good = m.Plan(bytes(16), "v", held, held, 1.0, "ipc")
 GOOD = msgspec.msgpack.encode(good)
 
 

@@ -24,7 +24,7 @@ from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.plan import Batch, Copy
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
 
-_PACKAGES = ("nixl_cu13", "nixl_cu12")
+PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
 
@@ -46,7 +46,7 @@ class _Agent:
     """One NIXL agent and the memory registered with it."""
 
     def __init__(self, devices: str) -> None:
-        package = next((p for p in _PACKAGES if importlib.util.find_spec(p)), None)
+        package = next((p for p in PACKAGES if importlib.util.find_spec(p)), None)
         if package is None:
             raise TransferError("the rdma transport needs NIXL: pip install nixl-cu12")
         api = importlib.import_module(f"{package}._api")
