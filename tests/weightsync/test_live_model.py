@@ -93,5 +93,5 @@ def test_blocks_of_tensors_lie_in_the_parameters_that_hold_them():
     layout.check("trainer")
     fused[0, 0] = 7  # buffers are the parameters' own memory
     assert buffers["qk"].view(torch.bfloat16)[0] == 7
-    with pytest.raises(WeightSyncError, match="need a contiguous CPU tensor"):
+    with pytest.raises(WeightSyncError, match="need a contiguous CPU or CUDA tensor"):
         block_layout({"qk": fused.T}, {"q": fused}, [])
