@@ -192,9 +192,14 @@ QUANTISED_LEFT, QUANTISED_RIGHT = megatron_layout(QUANTISED, ONE), sglang_layout
             receiving_layout(QUANTISED_RIGHT, FORMS["int4_group32"]),
             r"weight_scale', shape=\(\d+, \d+\)",
         ),
+        (
+            sending_layout(QUANTISED_LEFT, FORMS["fp8_block"]),
+            receiving_layout(QUANTISED_RIGHT, FORMS["fp8_block_hopper"]),
+            "weight_scale_inv:hopper', shape",
+        ),
         (QUANTISED_LEFT, receiving_layout(QUANTISED_RIGHT, FORMS["fp8_block"]), "dtype='float8_e4m3fn'"),
     ],
-    ids=["shape", "dtype", "scales", "form"],
+    ids=["shape", "dtype", "scales", "scale layout", "form"],
 )
 def test_sides_that_do_not_fit_together_are_refused_before_anything_moves(tmp_path, left, right, named):
     sender, source, receiver = sides(tmp_path, left, right)
