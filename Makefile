@@ -9,7 +9,7 @@ EXTENSION := kernels/_C.so
 OPINIONS := $(VENV)/second-opinion/.installed
 MODEL := models/smollm2-135m/config.json
 
-.PHONY: install demo test test-kernels test-engines lint sanitize verify-matrix bench gpu-regression clean
+.PHONY: install demo test test-kernels test-engines lint sanitize verify-matrix fault-table bench gpu-regression clean
 install: $(EXTENSION) $(MODEL)
 
 $(BIN)/python:
@@ -74,6 +74,10 @@ bench: install
 	$(BIN)/python -m zerokl.bench.collective_speed
 	$(BIN)/python -m zerokl.bench.megatron_speed
 	$(BIN)/python -m zerokl.bench.sglang_speed
+
+# every fault a transfer of weights is put through: phase, witness that it happened, seconds, outcome
+fault-table: install
+	$(BIN)/python -m pytest -q --fault-table tests/weightsync
 
 # on a GPU machine: needs torch with CUDA, triton, cmake and a C++ compiler (with nvcc: the CUDA part), nothing installed
 GPU_BUILD := build/gpu

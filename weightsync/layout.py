@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import msgspec
 
@@ -128,7 +129,7 @@ class Layout(Typed, frozen=True):
 
 
 def _check_rank(rank: Rank, tensors: dict[str, Tensor], what: str) -> None:
-    spans: dict[str, list[tuple[int, int, str]]] = {name: [] for name in rank.buffers}
+    spans: dict[str, list[_Span]] = {name: [] for name in rank.buffers}
     for piece in rank.pieces:
         tensor, box = tensors.get(piece.tensor), piece.box
         if tensor is None or piece.buffer not in rank.buffers:
@@ -142,12 +143,37 @@ def _check_rank(rank: Rank, tensors: dict[str, Tensor], what: str) -> None:
                 f"{what}: {piece.tensor!r} at {piece.offset}..{end}, pitch {piece.pitch}, is not inside "
                 f"{piece.buffer!r} of {rank.buffers[piece.buffer]} bytes"
             )
-        spans[piece.buffer].append((piece.offset, end, piece.tensor))
+        spans[piece.buffer].append((piece.offset, end, piece.pitch, width, piece.tensor))
     for buffer, found in spans.items():
-        found.sort()
-        for (_, end, first), (start, _, second) in itertools.pairwise(found):
-            if start < end:
-                raise LayoutError(f"{what}: {first!r} and {second!r} overlap in {buffer!r}")
+        for group in _mixed(sorted(found)):
+            _check_side_by_side(group, f"overlap in {buffer!r}", what)
+
+
+_Span = tuple[int, int, int, int, str]
+"""Of a piece: its first byte, the end of its last row, pitch, bytes of a row, tensor."""
+
+
+def _mixed(spans: list[_Span]) -> Iterator[list[_Span]]:
+    """Runs of spans, in order, of which each begins before one in front of it ends."""
+    group: list[_Span] = []
+    reached = 0
+    for span in spans:
+        if group and span[0] >= reached:
+            yield group
+            group = []
+        group.append(span)
+        reached = max(reached, span[1])
+    if group:
+        yield group
+
+
+def _check_side_by_side(group: list[_Span], problem: str, what: str) -> None:
+    """Raise LayoutError unless these are columns of one matrix, no byte of a row belonging to two of them."""
+    origin, _, pitch, *_ = group[0]
+    columns = sorted(((start - origin) % pitch, width, own, tensor) for start, _, own, width, tensor in group)
+    for (left, width, _, first), (right, wide, own, second) in itertools.pairwise(columns):
+        if left + width > right or own != pitch or right + wide > pitch:
+            raise LayoutError(f"{what}: {first!r} and {second!r} {problem}")
 
 
 class RankBuilder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,27 @@ from zerokl.weightsync.layout import LayoutError, Tensor
 CHOICE_BIAS = "mlp.gate.e_score_correction_bias"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-# architecture -> (bias of q, k and v; norm of query and key heads; mixture of experts)
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the ``config.json`` of one architecture is read. A text names the key that says so (absent: no).
+
+    experts: the names that their number goes by, none: it is dense; glm: a router with a selection bias, and besides
+    the experts there are ``first_k_dense_replace`` dense layers and shared experts.
+    """
+
+    qkv_bias: bool | str = False
+    qk_norm: bool | str = False
+    experts: tuple[str, ...] = ()
+    glm: bool = False
+
+
 ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False, False),
-    "Qwen2ForCausalLM": (True, False, False),
-    "Qwen3ForCausalLM": (False, True, False),
-    "Qwen3MoeForCausalLM": (False, True, True),
+    "LlamaForCausalLM": _Reading(),
+    "Qwen2ForCausalLM": _Reading(qkv_bias=True),
+    "Qwen3ForCausalLM": _Reading(qk_norm=True),
+    "Qwen3MoeForCausalLM": _Reading(qk_norm=True, experts=("num_experts", "num_local_experts")),  # of transformers 5
+    "Glm4MoeForCausalLM": _Reading("attention_bias", "use_qk_norm", ("n_routed_experts",), glm=True),
 }
 
 
@@ -128,29 +143,56 @@ def read_shape(model_dir: Path) -> ModelShape:
         names = raw["architectures"]
         if len(names) != 1 or names[0] not in ARCHITECTURES:
             raise LayoutError(f"{path}: architecture {names} is not supported; supported are {list(ARCHITECTURES)}")
-        return _shape(raw, *ARCHITECTURES[names[0]])
+        return _shape(raw, ARCHITECTURES[names[0]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayoutError(f"{path} is not a usable model configuration: {type(error).__name__}: {error}") from error
 
 
-def _shape(raw: dict[str, Any], qkv_bias: bool, qk_norm: bool, moe: bool) -> ModelShape:
-    if raw.get("quantization_config") or raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise ValueError("quantised weights and other biases than Qwen2's are not supported")
-    if moe and (raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers")):
-        raise ValueError("a mixture of dense and expert layers is not supported")
+def _shape(raw: dict[str, Any], reading: _Reading) -> ModelShape:
+    bias = raw.get("attention_bias") and reading.qkv_bias != "attention_bias"
+    if raw.get("quantization_config") or bias or raw.get("mlp_bias"):
+        raise ValueError("quantised weights and other biases than those of query, key and value are not supported")
+    if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
+        raise ValueError("of dense and expert layers, dense ones can only come first (first_k_dense_replace)")
     heads = raw["num_attention_heads"]
     sizes = {
         "vocabulary": raw["vocab_size"],
         "hidden": raw["hidden_size"],
-        "ffn": raw["moe_intermediate_size"] if moe else raw["intermediate_size"],
+        "ffn": raw["moe_intermediate_size" if reading.experts else "intermediate_size"],
         "layers": raw["num_hidden_layers"],
         "heads": heads,
         "kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
     }
-    experts = raw["num_experts"] if moe else 0
-    for name, value in (sizes | ({"experts": experts} if moe else {})).items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    tied = bool(raw.get("tie_word_embeddings", False))
-    return ModelShape(**sizes, tied=tied, qkv_bias=qkv_bias, qk_norm=qk_norm, experts=experts)
+    if reading.experts:
+        sizes["experts"] = next((raw[name] for name in reading.experts if name in raw), None)
+    _check_sizes(sizes, least=1)
+    shape = ModelShape(
+        **sizes,
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=_flag(reading.qkv_bias, raw),
+        qk_norm=_flag(reading.qk_norm, raw),
+    )
+    return _with_shared_experts(shape, raw) if reading.glm else shape
+
+
+def _with_shared_experts(shape: ModelShape, raw: dict[str, Any]) -> ModelShape:
+    """GLM-4.5's router and layers (DeepSeek-V3's), beside its experts."""
+    dense, shared = raw["first_k_dense_replace"], raw["n_shared_experts"]
+    _check_sizes({"first_k_dense_replace": dense, "n_shared_experts": shared}, least=0)
+    _check_sizes({"intermediate_size": raw["intermediate_size"]}, least=1)
+    if dense >= shape.layers:
+        raise ValueError(f"first_k_dense_replace {dense} leaves no layer of {shape.layers} to the experts")
+    return replace(
+        shape, choice_bias=True, dense_layers=dense, dense_ffn=raw["intermediate_size"], shared_ffn=shared * shape.ffn
+    )
+
+
+def _check_sizes(sizes: dict[str, Any], *, least: int) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _flag(value: bool | str, raw: dict[str, Any]) -> bool:
+    return bool(raw.get(value, False)) if isinstance(value, str) else value

@@ -11,9 +11,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def values(model: ModelShape, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random bf16 bits of every tensor, uint16."""
+    """Random bits of every tensor: bf16 as uint16, fp32 as uint32."""
     generator = np.random.default_rng(seed)
-    return {n: generator.integers(0, 1 << 16, t.shape, np.uint16) for n, t in model.tensors().items()}
+    kinds = {"bfloat16": np.uint16, "float32": np.uint32}
+    return {
+        n: generator.integers(0, 1 << 8 * t.item_bytes, t.shape, kinds[t.dtype]) for n, t in model.tensors().items()
+    }
 
 
 def padded(x: np.ndarray, multiple: int) -> np.ndarray:
@@ -47,8 +50,12 @@ def megatron_rank(model: ModelShape, full: dict, sizes: MegatronSizes, rank: int
             fused = np.concatenate([np.concatenate(group) for group in zip(q, k, v, strict=True)])
             held[f"{own}self_attention.linear_qkv.{leaf}"] = np.split(fused, sizes.tp)[tp]
         held[f"{own}self_attention.linear_proj.weight"] = np.split(hf["self_attn.o_proj.weight"], sizes.tp, 1)[tp]
-        if model.experts:
+        if model.sparse(stage * count + local):
             held[f"{own}mlp.router.weight"] = hf["mlp.gate.weight"]
+            if model.choice_bias:
+                held[f"{own}mlp.router.expert_bias"] = hf["mlp.gate.e_score_correction_bias"]
+            if model.shared_ffn:
+                held |= megatron_mlp(hf, "mlp.shared_experts.", f"{own}mlp.shared_experts.", tp, sizes.tp)
             etp, ep = inner % sizes.etp, inner // sizes.etp % sizes.ep
             mine = np.split(np.arange(model.experts), sizes.ep)[ep]
             mlps = {f"{own}mlp.experts.local_experts.{i}.": f"mlp.experts.{e}." for i, e in enumerate(mine)}
@@ -56,15 +63,19 @@ def megatron_rank(model: ModelShape, full: dict, sizes: MegatronSizes, rank: int
         else:
             mlps, part, parts = {f"{own}mlp.": "mlp."}, tp, sizes.tp
         for name, source in mlps.items():
-            gate, up = (np.split(hf[f"{source}{n}_proj.weight"], parts)[part] for n in ("gate", "up"))
-            held[f"{name}linear_fc1.weight"] = np.concatenate([gate, up])
-            held[f"{name}linear_fc2.weight"] = np.split(hf[f"{source}down_proj.weight"], parts, 1)[part]
+            held |= megatron_mlp(hf, source, name, part, parts)
         held[f"{own}input_layernorm.weight"] = hf["input_layernorm.weight"]
         held[f"{own}pre_mlp_layernorm.weight"] = hf["post_attention_layernorm.weight"]
         if model.qk_norm:
             held[f"{own}self_attention.q_layernorm.weight"] = hf["self_attn.q_norm.weight"]
             held[f"{own}self_attention.k_layernorm.weight"] = hf["self_attn.k_norm.weight"]
     return held
+
+
+def megatron_mlp(hf: dict, source: str, own: str, part: int, parts: int) -> dict[str, np.ndarray]:
+    gate, up = (np.split(hf[f"{source}{n}_proj.weight"], parts)[part] for n in ("gate", "up"))
+    down = np.split(hf[f"{source}down_proj.weight"], parts, 1)[part]
+    return {f"{own}linear_fc1.weight": np.concatenate([gate, up]), f"{own}linear_fc2.weight": down}
 
 
 def sglang_rank(model: ModelShape, full: dict, sizes: SglangSizes, rank: int) -> dict[str, np.ndarray]:
@@ -74,16 +85,17 @@ def sglang_rank(model: ModelShape, full: dict, sizes: SglangSizes, rank: int) ->
     split = sizes.tp // sizes.ep
     for name, x in full.items():
         path, last = name.rsplit(".", 2)[0], name.split(".")[-2]
+        expert = ".experts." in name
         leaf = name.split(".")[-1]
         if name in (EMBEDDING, HEAD):
             held[name] = np.split(padded(x, 64), sizes.tp)[rank]
-        elif last in ("o_proj",) or (last == "down_proj" and not model.experts):
+        elif last in ("o_proj",) or (last == "down_proj" and not expert):
             held[name] = np.split(x, sizes.tp, 1)[rank]
         elif last == "q_proj":
             kv = [full[f"{path}.{n}_proj.{leaf}"] for n in "kv"]
             parts = [np.split(x, sizes.tp)[rank], *(np.split(y, sizes.tp // repeat)[rank // repeat] for y in kv)]
             held[f"{path}.qkv_proj.{leaf}"] = np.concatenate(parts)
-        elif last == "gate_proj" and not model.experts:
+        elif last == "gate_proj" and not expert:
             parts = [np.split(y, sizes.tp)[rank] for y in (x, full[f"{path}.up_proj.{leaf}"])]
             held[f"{path}.gate_up_proj.{leaf}"] = np.concatenate(parts)
         elif name.endswith("experts.0.gate_proj.weight"):

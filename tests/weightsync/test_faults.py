@@ -119,7 +119,7 @@ def carry_out(folder: Path, transport: str, who: str, what: str, step: str) -> s
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Case -> future of how it went; prints the table in the end."""
+    """Case -> future of how it went."""
     folder = tmp_path_factory.mktemp("faults")
     before = set(Path("/dev/shm").iterdir())
     processes.context()
@@ -127,14 +127,12 @@ def table(tmp_path_factory):
     with ThreadPoolExecutor(AT_ONCE) as pool:
         running = {case: pool.submit(carry_out, folder / "-".join(case), *case) for case in CASES}
         yield running
-    for case, future in running.items():
-        result = future.exception() or future.result()
-        print(f"{case[0]:>10} {case[1]:>8} {case[2]:>8} in {case[3]:<9} {result}")
     # what others on this machine share for a moment goes away, a leak does not
     left = [path for path in set(Path("/dev/shm").iterdir()) - before if "zerokl" in path.name]
     eventually(lambda: not any(path.exists() for path in left), processes.PATIENCE_S)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_fault_leaves_one_verified_version(table, case):
-    table[case].result(timeout=600)
+def test_a_fault_leaves_one_verified_version(table, case, fault_row):
+    transport, who, what, step = case
+    fault_row(f"{transport}: {who} {what}", step, "state in /proc", table[case].result(timeout=600))

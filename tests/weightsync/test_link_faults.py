@@ -9,7 +9,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from parties import MODEL, ONE, ONE_ENGINE, QUICK, TOKEN, Engine, Parties, eventually
+from parties import MODEL, ONE, ONE_ENGINE, QUICK, TOKEN, Engine, Parties, engine_buffers, eventually
 from test_quantised import MODEL as QUANTISED
 from test_transports import ends
 
@@ -81,7 +81,7 @@ def cut_tcp() -> int:
     return cut
 
 
-def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(start):
+def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(start, fault_row):
     run = start("collective", Interrupted)
     end = run.receivers[1]._transport
     assert run.sync("v1", seed=1).committed
@@ -94,9 +94,10 @@ def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(sta
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
+    fault_row("collective: TCP cut", "transfer", f"{end.fired} sockets shut", outcome.cause)
 
 
-def test_rdma_over_a_network_that_goes_down_starts_afresh(start):
+def test_rdma_over_a_network_that_goes_down_starts_afresh(start, fault_row):
     """What UCX has under way may still arrive; its agents are of no use afterwards, and must be replaced."""
     ends_over_tcp = [rdma.RdmaSource(devices="lo")], [rdma.RdmaTarget(devices="lo") for _ in range(2)]
     run = start("rdma", Interrupted, made=ends_over_tcp, deadlines=replace(QUICK, transfer=5))
@@ -111,10 +112,11 @@ def test_rdma_over_a_network_that_goes_down_starts_afresh(start):
     assert outcomes[-1].committed
     assert run.serving() == ["v5", "v5"]
     assert run.all_hold(5)
+    fault_row("rdma: TCP cut", "transfer", f"{end.fired} sockets shut", "; ".join(failed))
 
 
 @pytest.mark.parametrize("name", ["ipc", "rdma", "collective", "disk"])
-def test_a_lost_control_connection_aborts_and_its_end_comes_back(start, name):
+def test_a_lost_control_connection_aborts_and_its_end_comes_back(start, name, fault_row):
     run = start(name, Interrupted)
     receiver = run.receivers[1]
     assert run.sync("v1", seed=1).committed
@@ -134,6 +136,43 @@ def test_a_lost_control_connection_aborts_and_its_end_comes_back(start, name):
     run.sender.wait(30)
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
+    fault_row(f"{name}: control connection lost", "transfer", "closed", outcome.cause)
+
+
+LOST = [("source", step) for step in ("plan", "prepare", "transfer", "resume")]
+LOST += [("receiver", step) for step in ("plan", "prepare", "transfer", "verify", "commit", "resume")]
+
+
+@pytest.mark.parametrize(("who", "step"), LOST)
+def test_a_control_connection_lost_in_any_phase_leaves_one_version(start, who, step, fault_row):
+    run = start("ipc")
+    member = run.receivers[1] if who == "receiver" else run.sources[0]
+    assert run.sync("v1", seed=1).committed
+    first, dropped = member._connection, []
+
+    def drop(now):
+        if now == step and not dropped:
+            dropped.append(now)
+            first.close()
+
+    member._observe = drop
+    outcome = run.sync("v2", seed=2)
+    assert dropped  # the witness
+    decided = step == "resume"
+    assert outcome.committed == decided
+    assert decided or (outcome.failed_in, outcome.cause.partition(":")[0]) == (step, member.name)
+    assert member.name in outcome.lost or not decided
+    eventually(lambda: member._connection is not first)
+    run.sender.wait(30)
+    now = "v2" if decided else "v1"
+    # who had committed when it lost the coordinator cannot know what the others serve
+    either = {now, None} if who == "receiver" and step in ("commit", "resume") else {now}
+    eventually(lambda: run.serving()[0] == now and run.serving()[1] in either)
+    assert run.engines[0].holds(engine_buffers(MODEL, ONE_ENGINE, 0, 2 if decided else 1))
+    assert run.sync("v3", seed=3).committed
+    assert run.serving() == ["v3", "v3"]
+    assert run.all_hold(3)
+    fault_row(f"control connection of {member.name} lost", step, "closed", f"{outcome.cause or outcome.lost}")
 
 
 @contextlib.contextmanager
@@ -148,7 +187,7 @@ def little_room(nbytes: int):
 
 
 @pytest.mark.parametrize(("name", "cause"), [("ipc", "cannot export"), ("disk", "cannot write weights to")])
-def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause):
+def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause, fault_row):
     run = start(name)
     assert run.sync("v1", seed=1).committed
     run.load(2)
@@ -163,6 +202,7 @@ def test_full_memory_at_the_sender_aborts_with_its_name(start, name, cause):
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
+    fault_row(f"{name}: no room for files", "transfer", "EFBIG", outcome.cause)
 
 
 def sides(tmp_path, left, right):
@@ -192,23 +232,29 @@ QUANTISED_LEFT, QUANTISED_RIGHT = megatron_layout(QUANTISED, ONE), sglang_layout
             receiving_layout(QUANTISED_RIGHT, FORMS["int4_group32"]),
             r"weight_scale', shape=\(\d+, \d+\)",
         ),
+        (
+            sending_layout(QUANTISED_LEFT, FORMS["fp8_block"]),
+            receiving_layout(QUANTISED_RIGHT, FORMS["fp8_block_hopper"]),
+            "weight_scale_inv:hopper', shape",
+        ),
         (QUANTISED_LEFT, receiving_layout(QUANTISED_RIGHT, FORMS["fp8_block"]), "dtype='float8_e4m3fn'"),
     ],
-    ids=["shape", "dtype", "scales", "form"],
+    ids=["shape", "dtype", "scales", "scale layout", "form"],
 )
-def test_sides_that_do_not_fit_together_are_refused_before_anything_moves(tmp_path, left, right, named):
+def test_sides_that_do_not_fit_together_are_refused_before_anything_moves(tmp_path, left, right, named, fault_row):
     sender, source, receiver = sides(tmp_path, left, right)
     try:
-        with pytest.raises(WeightSyncError, match=f"rollout-0 has another model than trainer-0.*({named})"):
+        with pytest.raises(WeightSyncError, match=f"rollout-0 has another model than trainer-0.*({named})") as refused:
             sender.sync("v1")
         assert receiver.serving is None
+        fault_row("sides that differ", "plan", "both layouts", str(refused.value)[:200])
     finally:
         sender.close()
         source.close()
         receiver.close()
 
 
-def test_a_damaged_scale_is_found_and_named(start):
+def test_a_damaged_scale_is_found_and_named(start, fault_row):
     run = start("rdma", ScaleDamage, model=QUANTISED, form=FORMS["fp8_block"])
     assert run.sync("v1", seed=1).committed
     run.receivers[1]._transport.armed = True
@@ -219,6 +265,9 @@ def test_a_damaged_scale_is_found_and_named(start):
         "rollout-1: tensor 'model.layers.0.self_attn.o_proj.weight_scale_inv' from trainer-0"
     )
     assert run.serving() == ["v1", "v1"]
+    assert run.sync("v3", seed=3).committed
+    assert run.serving() == ["v3", "v3"]
+    fault_row("rdma: last bit of a scale", "verify", "1 scale changed", outcome.cause)
 
 
 class ScaleDamage:
@@ -265,7 +314,7 @@ class Stale:
         self.inner.finish()
 
 
-def test_stale_metadata_of_a_restarted_sender_leads_nowhere(start, tmp_path):
+def test_stale_metadata_of_a_restarted_sender_leads_nowhere(start, tmp_path, fault_row):
     source = Stale(ipc.IpcSource(tmp_path))
     run = start("ipc", made=([source], [ipc.IpcTarget() for _ in range(2)]))
     assert run.sync("v1", seed=1).committed
@@ -277,9 +326,10 @@ def test_stale_metadata_of_a_restarted_sender_leads_nowhere(start, tmp_path):
     assert run.serving() == ["v1", "v1"]
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
+    fault_row("ipc: stale metadata of the sender", "transfer", "announced again", outcome.cause)
 
 
-def test_stale_metadata_of_a_restarted_receiver_cannot_pass_for_its_memory(start):
+def test_stale_metadata_of_a_restarted_receiver_cannot_pass_for_its_memory(start, fault_row):
     """The restarted engine's memory is not the one announced: whatever is written, it never acknowledges."""
     sources, targets = [rdma.RdmaSource()], [rdma.RdmaTarget(), rdma.RdmaTarget()]
     old = Stale(targets[1])
@@ -294,9 +344,12 @@ def test_stale_metadata_of_a_restarted_receiver_cannot_pass_for_its_memory(start
     assert outcome.failed_in == "transfer"
     assert run.serving() == ["v1", "v1"]
     assert run.all_hold(1)
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
+    fault_row("rdma: stale metadata of an engine", "transfer", "announced again", outcome.cause)
 
 
-def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_completes(start, monkeypatch):
+def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_completes(start, monkeypatch, fault_row):
     run = start("rdma", Interrupted)
     end, reached, go_on = run.receivers[1]._transport, threading.Event(), threading.Event()
 
@@ -318,3 +371,4 @@ def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_complet
     first.join(30)
     assert outcomes[0].committed
     assert run.all_hold(1)
+    fault_row("rdma: a second transfer at once", "transfer", "held in transfer", "refused; the first one commits")

@@ -1,5 +1,6 @@
 """The planner: every receiver byte is written exactly once, with the byte that direct slicing would put there."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ DENSE = ModelShape(
     vocabulary=75, hidden=24, ffn=16, layers=4, heads=8, kv_heads=4, head_dim=6, tied=True, qkv_bias=True, qk_norm=True
 )
 MOE = replace(DENSE, tied=False, qkv_bias=False, experts=4)
+GLM = {"choice_bias": True, "dense_layers": 1, "dense_ffn": 32, "shared_ffn": 24}
 
 
 @st.composite
@@ -34,6 +36,8 @@ def cases(draw):
     model = replace(
         DENSE, tied=tied, qkv_bias=bias, qk_norm=norm, kv_heads=draw(power), experts=draw(st.sampled_from([0, 4]))
     )
+    if model.experts and draw(st.booleans()):
+        model = replace(model, **GLM)
     tp = draw(st.sampled_from([n for n in (1, 2, 4) if n <= model.kv_heads]))
     dp, pp = draw(st.sampled_from([1, 2, 3])), draw(power)
     ep = draw(st.sampled_from([n for n in (1, 2, 4) if tp * dp % n == 0])) if model.experts else 1
@@ -78,8 +82,9 @@ def test_a_simulated_transfer_is_direct_slicing_and_writes_each_byte_once(case, 
     written = run(plan, sources, targets)
     for rank, held in enumerate(receiver.ranks):
         inside = {name: np.zeros(size, bool) for name, size in held.buffers.items()}
+        item = {tensor.name: tensor.item_bytes for tensor in receiver.tensors}
         for piece in held.pieces:
-            width = (piece.box.right - piece.box.left) * 2
+            width = (piece.box.right - piece.box.left) * item[piece.tensor]
             for row in range(piece.box.bottom - piece.box.top):
                 inside[piece.buffer][piece.offset + row * piece.pitch :][:width] = True
         for name in held.buffers:
@@ -175,6 +180,7 @@ def simple(*pieces: Piece, size: int = 64) -> Layout:
 
 
 WHOLE = Piece("w", Box(0, 4, 0, 8), "b", 0, 16)
+BESIDE = [Piece("w", Box(0, 4, 2 * i, 2 * i + 2), "b", 4 * i, 16) for i in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +193,9 @@ WHOLE = Piece("w", Box(0, 4, 0, 8), "b", 0, 16)
         (simple(msgspec.structs.replace(WHOLE, offset=-16)), "not inside 'b'"),
         (simple(msgspec.structs.replace(WHOLE, pitch=14)), "not inside 'b'"),
         (simple(WHOLE, msgspec.structs.replace(WHOLE, offset=48), size=128), "overlap in 'b'"),
+        (simple(*BESIDE[:2], msgspec.structs.replace(BESIDE[1], offset=14), size=72), "overlap in 'b'"),
+        (simple(BESIDE[0], msgspec.structs.replace(BESIDE[1], pitch=18), size=96), "overlap in 'b'"),
+        (simple(BESIDE[0], msgspec.structs.replace(BESIDE[1], offset=14), size=96), "overlap in 'b'"),
         (Layout((Tensor("w", (4, 0), "bfloat16"),), ()), "has shape"),
         (Layout((Tensor("w", (1 << 50,), "bfloat16"),), ()), "has shape"),
         (Layout((Tensor("w", (4,), "int4"),), ()), "dtype 'int4'"),
@@ -195,6 +204,14 @@ WHOLE = Piece("w", Box(0, 4, 0, 8), "b", 0, 16)
 def test_a_layout_that_contradicts_itself_is_refused(layout, message):
     with pytest.raises(LayoutError, match=message):
         make_plan(layout, layout)
+
+
+def test_pieces_may_lie_side_by_side():
+    """As columns of one matrix, or of two, one below the other."""
+    side_by_side = simple(*BESIDE)
+    assert make_plan(simple(WHOLE), side_by_side).nbytes == 64
+    below = [msgspec.structs.replace(piece, offset=64 + piece.offset) for piece in BESIDE]
+    simple(*BESIDE, *below, size=128).check("receiver")
 
 
 def test_bytes_that_no_sender_has_are_named():
@@ -208,14 +225,46 @@ def test_bytes_that_no_sender_has_are_named():
             make_plan(*sides)
 
 
+MOE_CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 75, "hidden_size": 24, "moe_intermediate_size": 16,
+    "intermediate_size": 99, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 6, "num_experts": 4,
+}  # fmt: skip
+GLM_CONFIG = MOE_CONFIG | {
+    "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    "attention_bias": True, "use_qk_norm": True,
+}  # fmt: skip
+
+
 def test_the_shape_of_a_model_folder(tmp_path):
-    (tmp_path / "config.json").write_text(
-        '{"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 75, "hidden_size": 24, "moe_intermediate_size": 16,'
-        '"intermediate_size": 99, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,'
-        '"head_dim": 6, "num_experts": 4}'
-    )
-    assert read_shape(tmp_path) == MOE
-    for text in ("{", "[]", '{"architectures": ["Mamba"]}', '{"architectures": ["LlamaForCausalLM"]}'):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(LayoutError, match=r"config.json"):
-            read_shape(tmp_path)
+    path = tmp_path / "config.json"
+    newer = {("num_local_experts" if key == "num_experts" else key): value for key, value in MOE_CONFIG.items()}
+    for config in (MOE_CONFIG, newer):  # transformers 5 writes the other name
+        path.write_text(json.dumps(config))
+        assert read_shape(tmp_path) == MOE
+    path.write_text(json.dumps(GLM_CONFIG))
+    glm = replace(MOE, qkv_bias=True, choice_bias=True, dense_layers=1, dense_ffn=99, shared_ffn=32)
+    assert read_shape(tmp_path) == glm
+    path.write_text(json.dumps(GLM_CONFIG | {"attention_bias": False, "use_qk_norm": False}))
+    assert read_shape(tmp_path) == replace(glm, qkv_bias=False, qk_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"architectures": ["Mamba"]}', "'Mamba'.* is not supported"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "KeyError: 'num_attention_heads'"),
+        (json.dumps(MOE_CONFIG | {"attention_bias": True}), "other biases"),
+        (json.dumps(MOE_CONFIG | {"mlp_only_layers": [1]}), "dense ones can only come first"),
+        (json.dumps(MOE_CONFIG | {"num_experts": None}), "experts must be a whole number of at least 1, got None"),
+        (json.dumps(GLM_CONFIG | {"mlp_bias": True}), "other biases"),
+        (json.dumps(GLM_CONFIG | {"first_k_dense_replace": 4}), "first_k_dense_replace 4 leaves no layer of 4"),
+        (json.dumps(GLM_CONFIG | {"n_shared_experts": True}), "n_shared_experts must be a whole number"),
+    ],
+)
+def test_a_model_folder_that_cannot_be_read_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(LayoutError, match=rf"config\.json.*{message}"):
+        read_shape(tmp_path)

@@ -16,31 +16,36 @@ from zerokl.weightsync.layout import LayoutError
 from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.model_shape import ModelShape
 from zerokl.weightsync.plan import make_plan
-from zerokl.weightsync.quantised import FORMS, is_quantised, quantise
+from zerokl.weightsync.quantised import FORMS, is_quantised, quantise, receiving_layout, sending_layout
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 
 # heads half a block high: Megatron spreads a block of the key weights over two pieces
 MODEL = ModelShape(
     vocabulary=76, hidden=256, ffn=512, layers=1, heads=8, kv_heads=8, head_dim=64, tied=True, qkv_bias=True
 )
-MOE = replace(MODEL, tied=False, qkv_bias=False, experts=2, ffn=256)
-BLOCKS = {"fp8_block": (128, 128), "mxfp8": (1, 32), "int4_group32": (1, 32), "int4_group128": (1, 128)}
-DTYPES = {"fp8_block": torch.float8_e4m3fn, "mxfp8": torch.float8_e4m3fn}
-SCALES = {"fp8_block": torch.float32, "mxfp8": torch.float8_e8m0fnu}
+MOE = replace(MODEL, tied=False, qkv_bias=False, experts=4, ffn=256)
+BLOCKS = {"mxfp8": (1, 32), "int4_group32": (1, 32), "int4_group128": (1, 128)}
+DTYPES = {"mxfp8": torch.float8_e8m0fnu, "int4_group32": torch.bfloat16, "int4_group128": torch.bfloat16}
+BLACKWELL = "fp8_block_blackwell"
+
+
+def model_for(name: str, model: ModelShape = MODEL) -> ModelShape:
+    """Wide enough for two ranks to have groups of four blocks each, which Blackwell packs."""
+    return replace(model, heads=16, ffn=1024) if name == BLACKWELL else model
 
 
 def whole(name: str, x: np.ndarray):
-    """Codes and scales of a whole weight, by the kernel itself."""
+    """Codes and scales of a whole weight, row-major, by the kernel itself."""
     weight = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    if name == "fp8_block":
-        return kernels.quantize_fp8_block(weight, block=(128, 128))
+    if "fp8_block" in name:
+        return kernels.quantize_fp8_block(weight, block=(128, 128), power_of_two=name == BLACKWELL)
     if name == "mxfp8":
         return kernels.quantize_mxfp8(weight)
     return kernels.quantize_int4_group(weight, group=BLOCKS[name][1])
 
 
 def dequantised(name: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    if name == "fp8_block":
+    if "fp8_block" in name:
         return kernels.dequantize_fp8_block(kernels.Fp8Block(codes, scales, (128, 128)))
     if name == "mxfp8":
         return kernels.dequantize_mxfp8(kernels.Mxfp8(codes, scales))
@@ -54,7 +59,7 @@ def as_bytes(x: torch.Tensor) -> np.ndarray:
 
 def expected(name: str, model, full, sizes, rank: int) -> dict[str, np.ndarray]:
     """A rank's buffers, cut from tensors quantised whole; the cutting is that of the plain weights."""
-    rows, columns = BLOCKS[name]
+    rows, columns = BLOCKS.get(name, (128, 128))
     tensors = model.tensors()
     parts: list[dict] = [{}, {}]
     for key, x in full.items():
@@ -74,8 +79,28 @@ def expected(name: str, model, full, sizes, rank: int) -> dict[str, np.ndarray]:
             held[key] = flat(x)
         else:
             held[key] = flat(cut[0][key][:, :: 8 if "int4" in name else 1])
-            held[f"{key}:scales"] = flat(cut[1][key][::rows, ::columns])
+            experts = model.experts // sizes.ep if ".experts.w" in key else 1
+            held[f"{key}:scales"] = laid_out(name, cut[1][key][::rows, ::columns], experts)
     return held
+
+
+def laid_out(name: str, scales: np.ndarray, matrices: int) -> np.ndarray:
+    """The bytes of a rank's scales, uint8 [rows, columns, bytes], where the kernel puts them: all of its memory."""
+    if not name.startswith("fp8_block_"):
+        return flat(scales)
+    values = torch.from_numpy(flat(scales)).view(torch.float32).view(matrices, -1, scales.shape[1])
+    made = kernels.to_blackwell_scales(values) if name == BLACKWELL else kernels.to_hopper_scales(values)
+    return torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage()).numpy()
+
+
+def row_major(name: str, held: np.ndarray, rows: int, columns: int) -> torch.Tensor:
+    """The reverse for one matrix."""
+    memory = torch.from_numpy(held)
+    if not name.startswith("fp8_block_"):
+        return memory.view(DTYPES.get(name, torch.float32)).view(rows, columns)
+    if name == BLACKWELL:
+        return kernels.from_blackwell_scales(memory.view(torch.int32).view(-(-columns // 4), -1).mT[:rows], columns)
+    return kernels.from_hopper_scales(memory.view(torch.float32).view(columns, -1).mT[:rows])
 
 
 def repeated(x: np.ndarray, rows: int, columns: int, shape) -> np.ndarray:
@@ -113,55 +138,67 @@ def moved(form, model, trainer, rollout, full):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_rank_holds_the_whole_tensor_quantised_and_cut(name):
-    full = bf16_values(MODEL)
-    for tp, rollout_tp in itertools.product((1, 2, 4), repeat=2):
+    model = model_for(name)
+    full = bf16_values(model)
+    for tp, rollout_tp in itertools.product((1, 2) if name == BLACKWELL else (1, 2, 4), repeat=2):
         trainer, rollout = MegatronSizes(tp=tp, vocabulary_multiple=4), SglangSizes(tp=rollout_tp)
-        for rank, held in enumerate(moved(FORMS[name], MODEL, trainer, rollout, full)):
-            wanted = expected(name, MODEL, full, rollout, rank)
+        for rank, held in enumerate(moved(FORMS[name], model, trainer, rollout, full)):
+            wanted = expected(name, model, full, rollout, rank)
             assert held.keys() == wanted.keys()
             assert [key for key in held if not np.array_equal(held[key], wanted[key])] == [], (tp, rollout_tp, rank)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_experts_too(name):
-    full = bf16_values(MOE)
+    model = model_for(name, MOE)
+    full = bf16_values(model)
     trainer, rollout = MegatronSizes(tp=2, ep=2, dp=2, etp=2), SglangSizes(tp=2, ep=2, engines=2)
     trainer = replace(trainer, vocabulary_multiple=4)
-    for rank, held in enumerate(moved(FORMS[name], MOE, trainer, rollout, full)):
-        wanted = expected(name, MOE, full, rollout, rank)
+    for rank, held in enumerate(moved(FORMS[name], model, trainer, rollout, full)):
+        wanted = expected(name, model, full, rollout, rank)
         assert held.keys() == wanted.keys()
         assert [key for key in held if not np.array_equal(held[key], wanted[key])] == []
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_dequantised_at_the_engine_is_the_weight_that_the_trainer_computes_with(name):
-    full, key = bf16_values(MODEL), "model.layers.0.self_attn.o_proj.weight"
-    for rank, held in enumerate(
-        moved(FORMS[name], MODEL, MegatronSizes(tp=4, vocabulary_multiple=4), SglangSizes(tp=2), full)
-    ):
-        codes = torch.from_numpy(held[key]).view(DTYPES.get(name, torch.int32)).view(256, -1)
-        scales = torch.from_numpy(held[f"{key}:scales"]).view(SCALES.get(name, torch.bfloat16))
-        scales = scales.view(2 if name == "fp8_block" else 256, -1)
-        weight = torch.from_numpy(full[key].view(np.int16)).view(torch.bfloat16)
-        own = dequantised(name, *whole(name, full[key])[:2])
-        assert torch.equal(dequantised(name, codes, scales), own[:, rank * 256 : (rank + 1) * 256])
-        assert not torch.equal(own, weight)
+    model, key, tp = model_for(name), "model.layers.0.self_attn.o_proj.weight", 2 if name == BLACKWELL else 4
+    full = bf16_values(model)
+    weight = torch.from_numpy(full[key].view(np.int16)).view(torch.bfloat16)
+    own, width = dequantised(name, *whole(name, full[key])[:2]), weight.shape[1] // 2
+    rows, columns = BLOCKS.get(name, (128, 128))
+    moves = moved(FORMS[name], model, MegatronSizes(tp=tp, vocabulary_multiple=4), SglangSizes(tp=2), full)
+    for rank, held in enumerate(moves):
+        codes = torch.from_numpy(held[key]).view(torch.int32 if "int4" in name else torch.float8_e4m3fn).view(256, -1)
+        scales = row_major(name, held[f"{key}:scales"], 256 // rows, width // columns)
+        assert torch.equal(dequantised(name, codes, scales), own[:, rank * width : (rank + 1) * width])
+    assert not torch.equal(own, weight)
+
+
+def test_sides_of_different_scale_layouts_do_not_fit_together():
+    """Not even where all scales are square, so that shapes do not tell them apart."""
+    square = replace(MODEL, hidden=512, kv_heads=8, ffn=512, qkv_bias=False)
+    left, right = megatron_layout(square, MegatronSizes()), sglang_layout(square, SglangSizes())
+    for mine, other in itertools.permutations(("fp8_block", "fp8_block_hopper", BLACKWELL), 2):
+        with pytest.raises(LayoutError, match="weight_scale_inv"):
+            make_plan(sending_layout(left, FORMS[mine]), receiving_layout(right, FORMS[other]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["fp8_block", "mxfp8", "int4_group32"])
+@pytest.mark.parametrize("form", ["fp8_block", BLACKWELL, "mxfp8", "int4_group32"])
 def test_every_transport_carries_codes_and_scales(name, form, tmp_path):
     trainer, rollout = MegatronSizes(tp=2, vocabulary_multiple=4), SglangSizes(tp=2)
+    model = model_for(form)
     parties = Parties(
-        tmp_path, *ends(name, tmp_path, 2, 2), trainer=trainer, rollout=rollout, model=MODEL, form=FORMS[form]
+        tmp_path, *ends(name, tmp_path, 2, 2), trainer=trainer, rollout=rollout, model=model, form=FORMS[form]
     )
     try:
         for version in range(3):
             outcome = parties.sync(f"v{version}", seed=version)
             assert outcome.committed, outcome.cause
-            full = engines.values(MODEL, version)
+            full = engines.values(model, version)
             for rank, engine in enumerate(parties.engines):
-                assert engine.holds(expected(form, MODEL, full, rollout, rank))
+                assert engine.holds(expected(form, model, full, rollout, rank))
     finally:
         parties.close()
 
@@ -204,6 +241,8 @@ REFUSED = [
         r"down_proj.weight' of shape \(256, 256\): columns 0..64 cut blocks of 128",
     ),
     ("int4_group32", replace(MODEL, hidden=252), ONE, ENGINE, "has no whole codes of 8 columns"),
+    (BLACKWELL, MODEL, TWO, ENGINE, r"down_proj.weight' of shape \(256, 512\): columns 0..256 cut the 512 that"),
+    (BLACKWELL, MODEL, ONE, SglangSizes(tp=2), r"columns 0..256 cut the 512 that 4 packed scales stand for"),
 ]
 
 

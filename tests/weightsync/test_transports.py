@@ -130,7 +130,7 @@ class Damaged:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damage_on_the_way_is_found_and_changes_nothing(start, name):
+def test_damage_on_the_way_is_found_and_changes_nothing(start, name, fault_row):
     run = start(name, rollout=SglangSizes(engines=2), damage=Damaged)
     damaged = run.receivers[-1]._transport
     assert run.sync("v1", seed=1).committed
@@ -143,13 +143,14 @@ def test_damage_on_the_way_is_found_and_changes_nothing(start, name):
         assert outcome.cause.startswith(f"rollout-1: tensor {tensor!r} from trainer-0")
         assert run.serving() == ["v1", "v1"]
         assert run.all_hold(1)
+        fault_row(f"{name}: {kind}", "verify", "bytes changed", outcome.cause)
     damaged.kind = None
     assert run.sync("v2", seed=2).committed
     assert run.all_hold(2)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_engine_updated_in_place_is_quarantined_by_damage_until_a_complete_transfer(start, name):
+def test_an_engine_updated_in_place_is_quarantined_by_damage_until_a_complete_transfer(start, name, fault_row):
     run = start(name, rollout=SglangSizes(engines=2), damage=InPlaceDamage, in_place=True)
     damaged = run.receivers[-1]._transport
     assert run.sync("v1", seed=1).committed
@@ -163,6 +164,7 @@ def test_an_engine_updated_in_place_is_quarantined_by_damage_until_a_complete_tr
     assert run.serving() == ["v3", "v3"]
     assert run.all_hold(3)
     assert run.engines[0].buffers["model.norm.weight"].data_ptr() == own
+    fault_row(f"{name}: flipped bit, in place", "verify", "bit flipped", f"quarantined; {outcome.cause}")
 
 
 class InPlaceDamage:
@@ -246,7 +248,7 @@ def test_a_receiver_without_the_base_reads_the_whole_chain(start):
     assert run.all_hold(2)
 
 
-def test_a_delta_on_the_wrong_base_is_found(start):
+def test_a_delta_on_the_wrong_base_is_found(start, fault_row):
     run = start("disk")
     assert run.sync("v1", seed=1).committed
     run.receivers[0]._room.live["model.norm.weight"][3] ^= 1  # no longer what v1 was
@@ -255,6 +257,7 @@ def test_a_delta_on_the_wrong_base_is_found(start):
     outcome = run.sender.sync("v2")
     assert outcome.failed_in == "verify"
     assert "tensor 'model.norm.weight'" in outcome.cause
+    fault_row("disk: a delta on the wrong base", "verify", "bit flipped", outcome.cause)
     run.load(1)  # v3 changes nothing that v2 had not: only a read from the last complete version on gets it right
     assert run.sender.sync("v3").committed
     assert run.all_hold(1)
@@ -270,7 +273,7 @@ def test_a_delta_on_the_wrong_base_is_found(start):
         (lambda p: shutil.rmtree(p.parent), "is no manifest"),
     ],
 )
-def test_a_damaged_link_of_the_chain_is_named(start, tmp_path, damage, cause):
+def test_a_damaged_link_of_the_chain_is_named(start, tmp_path, damage, cause, fault_row):
     run = start("disk")
     assert run.sync("v1", seed=1).committed
     assert run.sync("v2", seed=2).committed
@@ -279,6 +282,7 @@ def test_a_damaged_link_of_the_chain_is_named(start, tmp_path, damage, cause):
     outcome = run.sync("v3", seed=3)
     assert outcome.failed_in == "transfer"
     assert cause in outcome.cause
+    fault_row(f"disk: a link of the chain {cause}", "transfer", "file changed", outcome.cause)
     assert "trainer-0" in outcome.cause
     assert run.serving() == ["v2"]
     for _ in range(3):  # until a complete version comes
