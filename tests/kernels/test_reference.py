@@ -133,7 +133,8 @@ def test_linear_main_grad_continues_the_chain(isa):
 def test_linear_bias_gradient(isa):
     x, w, b = hashed(19, 8, seed=1), hashed(21, 8, seed=2), torch.nn.Parameter(hashed(21, seed=3))
     b.main_grad = torch.zeros(21)
-    dy, _ = gradients(kernels.linear(x, w, b), b)
+    dy = hashed(19, 21, seed=4, kind="wide")
+    kernels.linear(x, w, b).backward(dy)
     expected = np.zeros(21, np.float32)
     for row in f32(dy):
         expected = expected + row
@@ -246,11 +247,16 @@ def test_silu_and_mul(isa, rows, n, kind, weighted):
 
 
 def test_silu_and_mul_before_its_rounding(isa):
-    """The gradient of a row's weight is the fp32 value itself where a row holds one element and dy is 1."""
+    """The gradient of a row's weight is the fp32 value itself where a row holds one element and dy is 1.
+
+    Weighted so that its product is about a tie of bf16, the output too is decided by the value's last bit.
+    """
     x, weight = hashed(999, 2, seed=1) * 8, torch.ones(999, requires_grad=True)
     (value,) = torch.autograd.grad(kernels.silu_and_mul(x, row_weight=weight).sum(), weight)
     expected = ref_activation.silu_and_mul_backward(f32(x), np.ones((999, 1), np.float32), f32(weight))[1]
     assert_same_bits(value, expected, "value")
+    weight = (1 + 2.0**-8) / torch.from_numpy(expected)
+    assert_same_bits(kernels.silu_and_mul(x, row_weight=weight), ref_activation.silu_and_mul(f32(x), f32(weight)), "y")
     # the weight comes last: its product with u would overflow
     y = kernels.silu_and_mul(torch.tensor([[2.0**-60, 2.0**100]]).bfloat16(), row_weight=torch.tensor([2.0**60]))
     assert y.tolist() == [[2.0**99]]
