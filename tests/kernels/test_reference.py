@@ -1,11 +1,12 @@
 """Every compiled op equals the scalar-order reference in every byte, on every instruction set, forward and backward."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from data import assert_same_bits, f32, hashed
+from data import assert_same_bits, f32, hashed, tie
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -91,16 +92,16 @@ def test_fma_reference_rounds_once():
     fp32=st.booleans(),
 )
 def test_linear(isa, m, n, k, kind, bias, fp32):
-    x, w = hashed(m, k, seed=1, kind=kind).requires_grad_(), hashed(n, k, seed=2, kind=kind).requires_grad_()
+    x, w = hashed(m, k, seed=1, kind=kind).requires_grad_(), torch.nn.Parameter(hashed(n, k, seed=2, kind=kind))
     b = hashed(n, seed=3) if bias else None
     y = kernels.linear(x, w, b, out_dtype=torch.float32 if fp32 else None)
     assert_same_bits(y, ref_linear.linear(f32(x), f32(w), None if b is None else f32(b), round_output=not fp32), "y")
-    dy, (dx, dw) = gradients(y, x, w)
-    expected_dx, expected_dw = ref_linear.linear_backward(
-        f32(x), f32(w), arith.bf16(f32(dy)), np.zeros((n, k), np.float32)
-    )
-    assert_same_bits(dx, expected_dx, "dx")
-    assert_same_bits(dw, arith.bf16(expected_dw), "dw")
+    w.main_grad = torch.zeros(n, k)  # fp32 shows the order in which tokens are added
+    dy = hashed(m, n, seed=99).to(y.dtype)
+    y.backward(dy)
+    dx, dw = ref_linear.linear_backward(f32(x), f32(w), arith.bf16(f32(dy)), np.zeros((n, k), np.float32))
+    assert_same_bits(x.grad, dx, "dx")
+    assert_same_bits(w.main_grad, dw, "dw")
 
 
 @pytest.mark.parametrize("m", [129, 257, 2049])
@@ -130,22 +131,24 @@ def test_linear_main_grad_continues_the_chain(isa):
 
 
 def test_linear_bias_gradient(isa):
-    x, w, b = hashed(19, 8, seed=1), hashed(21, 8, seed=2), hashed(21, seed=3).requires_grad_()
-    dy, (db,) = gradients(kernels.linear(x, w, b), b)
+    x, w, b = hashed(19, 8, seed=1), hashed(21, 8, seed=2), torch.nn.Parameter(hashed(21, seed=3))
+    b.main_grad = torch.zeros(21)
+    dy = hashed(19, 21, seed=4, kind="wide")
+    kernels.linear(x, w, b).backward(dy)
     expected = np.zeros(21, np.float32)
     for row in f32(dy):
         expected = expected + row
-    assert_same_bits(db, arith.bf16(expected), "db")
+    assert_same_bits(b.main_grad, expected, "db")
 
 
 def test_embedding(isa):
-    ids, w = torch.tensor([3, 1, 3, 0, 3]), hashed(5, 70, seed=11).requires_grad_()
+    ids, w = torch.tensor([3, 1, 3, 0, 3]), torch.nn.Parameter(hashed(5, 70, seed=11))
+    w.main_grad = hashed(5, 70, seed=12).float()
+    expected = ref_linear.embedding_backward(ids.numpy(), f32(hashed(5, 70, seed=99, kind="wide")), f32(w.main_grad))
     y = kernels.embedding(ids, w)
     assert_same_bits(y, ref_linear.embedding(ids.numpy(), f32(w)), "y")
-    dy, (dw,) = gradients(y, w)
-    assert_same_bits(
-        dw, arith.bf16(ref_linear.embedding_backward(ids.numpy(), f32(dy), np.zeros((5, 70), np.float32))), "dw"
-    )
+    y.backward(hashed(5, 70, seed=99, kind="wide"))
+    assert_same_bits(w.main_grad, expected, "dw")
     with pytest.raises(RuntimeError, match="outside"):
         kernels.embedding(torch.tensor([5]), w)
 
@@ -153,7 +156,8 @@ def test_embedding(isa):
 @drawn
 @given(rows=st.sampled_from([1, 3, 17, 33]), n=st.integers(1, 300), kind=KIND, residual=st.booleans())
 def test_rms_norm(isa, rows, n, kind, residual):
-    x, w = hashed(rows, n, seed=1, kind=kind).requires_grad_(), hashed(n, seed=2).requires_grad_()
+    x, w = hashed(rows, n, seed=1, kind=kind).requires_grad_(), torch.nn.Parameter(hashed(n, seed=2))
+    w.main_grad = torch.zeros(n)  # fp32 shows the order in which tokens are added
     r = hashed(rows, n, seed=3, kind=kind) if residual else None
     eps = 1e-5
     out = kernels.rms_norm(x, w, eps, residual=r) if residual else (kernels.rms_norm(x, w, eps), None)
@@ -162,14 +166,14 @@ def test_rms_norm(isa, rows, n, kind, residual):
     dy, ds = hashed(rows, n, seed=4), hashed(rows, n, seed=5)
     if residual:
         assert_same_bits(out[1], s, "sum")
-        dx, dw = torch.autograd.grad(out, (x, w), (dy, ds))
+        dx, _ = torch.autograd.grad(out, (x, w), (dy, ds))
     else:
-        dx, dw = torch.autograd.grad(out[0], (x, w), dy)
+        dx, _ = torch.autograd.grad(out[0], (x, w), dy)
     expected = ref_norm.rms_norm_backward(
         s, f32(w), eps, f32(dy), f32(ds) if residual else None, np.zeros(n, np.float32)
     )
     assert_same_bits(dx, expected[0], "dx")
-    assert_same_bits(dw, arith.bf16(expected[1]), "dw")
+    assert_same_bits(w.main_grad, expected[1], "dw")
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -228,7 +232,9 @@ def test_rotary_errors_name_the_argument():
 @drawn
 @given(rows=st.sampled_from([1, 5, 33]), n=st.integers(1, 300), kind=KIND, weighted=st.booleans())
 def test_silu_and_mul(isa, rows, n, kind, weighted):
-    x = hashed(rows, 2 * n, seed=1, kind=kind).requires_grad_()
+    x = hashed(rows, 2 * n, seed=1, kind=kind)
+    x[:, :n:3] = -1.28125  # there dg nearly vanishes, so that bf16 shows its roundings
+    x = x.requires_grad_()
     weight = hashed(rows, seed=2).float().requires_grad_() if weighted else None
     y = kernels.silu_and_mul(x, row_weight=weight)
     w = None if weight is None else f32(weight)
@@ -240,53 +246,80 @@ def test_silu_and_mul(isa, rows, n, kind, weighted):
         assert_same_bits(dw[0], expected[1], "drow_weight")
 
 
-@pytest.mark.parametrize(
-    ("dim", "v_dim", "heads", "kv_heads"),
-    [
-        (64, 64, 3, 1),
-        (64, 64, 8, 1),
-        (80, 80, 2, 2),
-        (96, 96, 4, 1),
-        (128, 128, 16, 1),
-        (192, 128, 2, 1),
-        (256, 256, 4, 2),
-    ],
-)
+def test_silu_and_mul_before_its_rounding(isa):
+    """The gradient of a row's weight is the fp32 value itself where a row holds one element and dy is 1.
+
+    Weighted so that its product is about a tie of bf16, the output too is decided by the value's last bit.
+    """
+    x, weight = hashed(999, 2, seed=1) * 8, torch.ones(999, requires_grad=True)
+    (value,) = torch.autograd.grad(kernels.silu_and_mul(x, row_weight=weight).sum(), weight)
+    expected = ref_activation.silu_and_mul_backward(f32(x), np.ones((999, 1), np.float32), f32(weight))[1]
+    assert_same_bits(value, expected, "value")
+    weight = (1 + 2.0**-8) / torch.from_numpy(expected)
+    assert_same_bits(kernels.silu_and_mul(x, row_weight=weight), ref_activation.silu_and_mul(f32(x), f32(weight)), "y")
+    # the weight comes last: its product with u would overflow
+    y = kernels.silu_and_mul(torch.tensor([[2.0**-60, 2.0**100]]).bfloat16(), row_weight=torch.tensor([2.0**60]))
+    assert y.tolist() == [[2.0**99]]
+
+
+HEADS = [(64, 64, 3, 1), (64, 64, 8, 1), (80, 80, 2, 2), (96, 96, 4, 1), (128, 128, 16, 1), (192, 128, 2, 1),
+         (256, 256, 4, 2)]  # fmt: skip
+
+
+def cancelling(q, k, v, dout):
+    """Gradients that lose the low bits of what was added before, so that bf16 shows the order, in place.
+
+    Two keys' shares of dQ are large and nearly opposite, and so are two heads' shares of dK and dV.
+    """
+    pairs = len(k[1::8])
+    k[1::8], v[::8] = k[::8][:pairs], v[::8] * 2.0**12
+    v[1::8] = -v[::8][:pairs]
+    if q.shape[1] > k.shape[1]:
+        q[:, 1], dout[::2, 0] = q[:, 0], dout[::2, 0] * 2.0**12
+        dout[::2, 1] = -dout[::2, 0]
+
+
+@functools.cache
+def attention_case(dim, v_dim, heads, kv_heads, causal, window, sink):
+    """(bounds of the sequences, options, leaves, dout, what the reference expects): slow, and one for all CPUs."""
+    lengths = [1, 13, 0, 70] if (dim, heads) == (64, 3) else [1, 9]
+    bounds = np.cumsum([0, *lengths]).tolist()
+    leaves = [
+        hashed(bounds[-1], h, d, seed=s) for s, (h, d) in enumerate(((heads, dim), (kv_heads, dim), (kv_heads, v_dim)))
+    ]
+    dout, sinks = hashed(bounds[-1], heads, v_dim, seed=99), hashed(heads, seed=4).float() if sink else None
+    cancelling(*leaves, dout)
+    options = {"scale": dim**-0.5, "causal": causal, "window": window}
+    parts = []
+    for a, b in itertools.pairwise(bounds):
+        if a < b:
+            part = [f32(t[a:b]) for t in leaves]
+            out, lse = ref_attention.attention(*part, **options, sinks=f32(sinks) if sink else None)
+            parts.append((out, *ref_attention.attention_backward(*part, out, lse, f32(dout[a:b]), **options), lse))
+    *expected, lse = (np.concatenate(each) for each in zip(*parts, strict=True))
+    if sink:
+        expected.append(ref_attention.sink_gradient(expected[0], lse, f32(dout), f32(sinks)))
+        leaves.append(sinks)
+    return bounds, options, [t.requires_grad_() for t in leaves], dout, expected
+
+
+@pytest.mark.parametrize(("dim", "v_dim", "heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize(("causal", "window", "sink"), [(True, 0, False), (True, 5, True), (False, 0, False)])
 def test_attention_varlen(isa, dim, v_dim, heads, kv_heads, causal, window, sink):
-    lengths = [1, 13, 0, 70] if (dim, heads, window) == (64, 3, 0) else [1, 9]
-    cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    total, scale = sum(lengths), dim**-0.5
-    q, k, v = (
-        hashed(total, h, d, seed=s, kind=kind).requires_grad_()
-        for h, d, s, kind in ((heads, dim, 1, "plain"), (kv_heads, dim, 2, "wide"), (kv_heads, v_dim, 3, "cancel"))
-    )
-    sinks = hashed(heads, seed=4).requires_grad_() if sink else None
-    out = kernels.attention_varlen(q, k, v, cu, scale=scale, causal=causal, window=window or None, sinks=sinks)
-    dout, grads = gradients(out, *(t for t in (q, k, v, sinks) if t is not None))
-    lses = []
-    for a, b in itertools.pairwise(cu.tolist()):
-        if a == b:
-            continue
-        part = [f32(t[a:b]) for t in (q, k, v)]
-        options = {"scale": scale, "causal": causal, "window": window}
-        expected, lse = ref_attention.attention(*part, **options, sinks=f32(sinks) if sink else None)
-        assert_same_bits(out[a:b], expected, "out")
-        lses.append(lse)
-        backward = ref_attention.attention_backward(*part, expected, lse, f32(dout[a:b]), **options)
-        for name, got, want in zip(("dq", "dk", "dv"), grads, backward, strict=False):
-            assert_same_bits(got[a:b], want, name)
-    if sink:
-        want = ref_attention.sink_gradient(f32(out), np.concatenate(lses), f32(dout), f32(sinks))
-        assert_same_bits(grads[3], arith.bf16(want), "dsinks")
+    bounds, options, leaves, dout, expected = attention_case(dim, v_dim, heads, kv_heads, causal, window, sink)
+    options = options | {"window": window or None, "sinks": leaves[3] if sink else None}
+    out = kernels.attention_varlen(*leaves[:3], torch.tensor(bounds, dtype=torch.int32), **options)
+    got = (out, *torch.autograd.grad(out, leaves, dout))
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), got, expected, strict=False):
+        assert_same_bits(a, b, name)
+    assert len(got) == len(expected)
 
 
-@pytest.mark.parametrize("kind", ["wide", "tiny"])
-def test_attention_products_flush_as_linear_does(isa, kind):
-    """Scores follow R1 into subnormals: exact zeros where single fmas would keep a trace."""
-    q, k, v = (hashed(9, 1, 64, seed=s, kind=kind) for s in (1, 2, 3))
-    out = kernels.attention_varlen(q, k, v, torch.tensor([0, 9], dtype=torch.int32), scale=1.0)
-    assert_same_bits(out, ref_attention.attention(f32(q), f32(k), f32(v), scale=1.0)[0], "out")
+def test_attention_products_flush_as_linear_does(isa):
+    """Scores follow R1 into subnormals, which a scale of 2^126 shows: zeros where single fmas would keep a trace."""
+    q, k, v = (hashed(9, 1, 64, seed=s) * small for s, small in ((1, 2.0**-62), (2, 2.0**-66), (3, 1)))
+    out = kernels.attention_varlen(q, k, v, torch.tensor([0, 9], dtype=torch.int32), scale=2.0**126)
+    assert_same_bits(out, ref_attention.attention(f32(q), f32(k), f32(v), scale=2.0**126)[0], "out")
 
 
 def test_attention_gradients_against_float64(isa):
@@ -309,14 +342,22 @@ def test_attention_gradients_against_float64(isa):
         assert (a.double() - b).abs().max() < 0.02 * b.abs().max(), name
 
 
-def test_attention_across_segments(isa):
-    """A sequence longer than one 1,024-key segment: the last rows only, against the reference's merge."""
-    n, scale = 1024 + 70, 0.25
+@functools.cache
+def attention_around_a_segment(n, window):
+    """(q, k, v, rows, their outputs): rows whose windows hold about as many keys of either segment; all are ties."""
     q, k, v = (hashed(n, 1, 64, seed=s) for s in (1, 2, 3))
-    out = kernels.attention_varlen(q, k, v, torch.tensor([0, n], dtype=torch.int32), scale=scale)
-    for row in (1022, 1023, 1024, 1025, n - 1):
-        expected, _ = ref_attention.attend_row(f32(q[row, 0]), f32(k[:, 0]), f32(v[:, 0]), 0, row + 1, scale)
-        assert_same_bits(out[row, 0], arith.bf16(expected), f"row {row}")
+    tie(k, v)
+    q, rows, arrays = q * 4, list(range(n - window + 9, n, 4)), (f32(k[:, 0]), f32(v[:, 0]))
+    outputs = [ref_attention.attend_row(f32(q[r, 0]), *arrays, r + 1 - window, r + 1, 0.25)[0] for r in rows]
+    return q, k, v, rows, arith.bf16(np.stack(outputs))
+
+
+def test_attention_across_segments(isa):
+    window = 140
+    q, k, v, rows, expected = attention_around_a_segment(1024 + window, window)
+    cu = torch.tensor([0, len(q)], dtype=torch.int32)
+    out = kernels.attention_varlen(q, k, v, cu, scale=0.25, window=window)
+    assert_same_bits(out[rows, 0], expected, "rows")
 
 
 SAMPLING = [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.9, 0), (0.8, 1.0, 5), (0.6, 0.5, 20), (1.0, 1e-6, 0)]
@@ -343,6 +384,39 @@ def test_selected_logprob(isa, vocab, temperature, top_p, top_k):
     )
     assert_same_bits(dhidden, arith.bf16(ref_logprob.hidden_gradient(dz, f32(w))), "dhidden")
     assert_same_bits(dw, arith.bf16(arith.chain(dz.T, f32(hidden))), "dw")
+
+
+@functools.cache
+def many_gradients(rows, vocab, width):
+    """(hidden, head, targets, gradients of the log-probabilities, temperature, expected d hidden and d head, fp32)."""
+    hidden, w = hashed(rows, width, seed=1) * 2, hashed(vocab, width, seed=2) * 2
+    targets, grad, temperature = torch.arange(rows) * 7 % vocab, hashed(rows, seed=3).float(), 1.3
+    logits = ref_linear.linear(f32(hidden), f32(w), round_output=False)
+    pairs = zip(logits, targets, f32(grad), strict=True)
+    dz = np.stack([ref_logprob.logits_gradient(z, int(t), float(g), temperature) for z, t, g in pairs])
+    return (
+        hidden,
+        w,
+        targets,
+        grad,
+        temperature,
+        ref_logprob.hidden_gradient(dz, f32(w)),
+        arith.chain(dz.T, f32(hidden)),
+    )
+
+
+def test_gradients_of_log_probabilities_in_fp32(isa):
+    """Enough entries of d logits for a rounding too many to show in bf16, and both products before their rounding."""
+    hidden, w, targets, grad, temperature, dhidden, dhead = many_gradients(200, 2500, 2)
+    rows = len(hidden)
+    options = [torch.full((rows,), temperature), torch.ones(rows), torch.zeros(rows, dtype=torch.int32)]
+    state, cut, cut_index = torch.empty(rows, 2), torch.empty(rows), torch.empty_like(targets)
+    ops.selected_logprob(hidden, w, targets, *options, torch.empty(rows), None, state, cut, cut_index)
+    got, head = torch.zeros(hidden.shape), torch.zeros(w.shape)
+    saved = (hidden, w, targets, options[0], state, cut, cut_index)
+    ops.selected_logprob_backward(*saved, len(w), 0, 1, grad, got, head)
+    assert_same_bits(got, dhidden, "dhidden")
+    assert_same_bits(head, dhead, "dhead")
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [*SAMPLING, (0.0, 1.0, 0)])

@@ -259,6 +259,16 @@ def test_keys_get_their_gradient_from_the_last_query_whose_window_holds_them():
         assert np.abs(f32(x) - y).max() < 2.0**-7 * max(1, np.abs(y).max())
 
 
+def test_rows_past_the_last_query_do_not_reach_a_key_that_is_inf():
+    """Its scores are -inf, so every query gives it nothing; a row of zeros would score NaN."""
+    q, k, v, dout = (hashed(3, 1, 16, seed=seed) for seed in (1, 2, 3, 4))
+    q[..., 0], k[2, 0, 0] = -1.0, float("inf")
+    out, lse = _attention(q, k, v, [0, 3], 0.2)
+    _, dk, dv = _attention_gradients(q, k, v, [0, 3], out, lse, dout, 0.2)
+    assert (dk[2] == 0).all()
+    assert (dv[2] == 0).all()
+
+
 def test_attention_backward_equals_reference_where_rounding_is_exact():
     """One key: p = 1 and ds = 0, so the order over (query, head) decides every bit of dv."""
     q, k, v = hashed(40, 4, 16, seed=1), hashed(40, 1, 16, seed=2), hashed(40, 1, 16, seed=3)
