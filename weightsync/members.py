@@ -289,9 +289,7 @@ class WeightReceiver(_Member):
                 self._arrived = self._transport.transfer(job, endpoints)
                 return m.Transferred(attempt, (), self._arrived.copied_bytes, time.monotonic() - start)
             case m.Verify(attempt, digests):
-                found = self._arrived.digests
-                if found is None:
-                    found = target_digests(self._arrived.buffers, job.received())
+                found = target_digests(self._arrived.buffers, job.received(), self._arrived.digests)
                 _compare(job.received(), digests, found)
                 self._pause()
                 return m.Verified(attempt, xxhash.xxh3_128_digest(b"".join(found)))

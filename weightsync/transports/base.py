@@ -59,11 +59,11 @@ class Job:
 @dataclass(frozen=True)
 class Arrived:
     """The receiver's buffers of the new version, and how many bytes were copied to get them. ``digests``: xxh3_128 of
-    what every copy has written, in the plan's order, if the receiving end digested it as it arrived."""
+    what a copy has written, for those copies that were digested as they arrived, into memory that cannot change."""
 
     buffers: Buffers
     copied_bytes: int
-    digests: tuple[bytes, ...] | None = None
+    digests: Mapping[Copy, bytes] = field(default_factory=dict)
 
 
 class Room:

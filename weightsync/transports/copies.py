@@ -46,9 +46,13 @@ def source_digests(buffers: Buffers, batches: Iterable[Batch], known: Mapping[Co
     return tuple(found[_source(copy)] for copy in copies)
 
 
-def target_digests(buffers: Buffers, batches: Iterable[Batch]) -> tuple[bytes, ...]:
-    """xxh3_128 of what each copy has written, in order."""
-    return tuple(_digests([target_view(buffers, copy) for batch in batches for copy in batch.copies]))
+def target_digests(buffers: Buffers, batches: Iterable[Batch], known: Mapping[Copy, bytes]) -> tuple[bytes, ...]:
+    """xxh3_128 of what each copy has written, in order; what is ``known`` is not read again."""
+    copies = [copy for batch in batches for copy in batch.copies]
+    found = dict(known)
+    missing = [copy for copy in copies if copy not in found]
+    found.update(zip(missing, _digests([target_view(buffers, copy) for copy in missing]), strict=True))
+    return tuple(found[copy] for copy in copies)
 
 
 def _source(copy: Copy) -> tuple[str, int, int, int, int]:

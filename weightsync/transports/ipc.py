@@ -228,12 +228,11 @@ class IpcTarget:
                 data = memory[region.offset : region.offset + region.nbytes]
                 if region.whole and not self._room.in_place:
                     buffers[buffer] = data
+                    digests.update((copy, digest(target_view(buffers, copy))) for copy in region.copies)
                 else:
                     buffers[buffer] = self._room.get(buffer)
                     copied += _copy(buffers, region, data)
-                digests.update((copy, digest(target_view(buffers, copy))) for copy in region.copies)
-        found = tuple(digests[copy] for batch in job.received() for copy in batch.copies)
-        return Arrived(buffers, copied, found)
+        return Arrived(buffers, copied, digests)
 
     def finish(self) -> None:
         """Files stay mapped, for the next time that it is their turn."""
