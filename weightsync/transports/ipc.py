@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
+import numpy as np
 import torch
 
 from zerokl.weightsync.layout import MAX_TENSOR_BYTES, Typed
@@ -177,7 +178,7 @@ class IpcSource:
             with file.writable(region.offset, region.nbytes) as memory:
                 found = self.fill(memory, region)
             job.digests.update(found)
-            file.bytes[progress + region.index] = 1
+            file.bytes[progress + region.index] = 1  # nobody sees it before the bytes: a system call lies between
 
     def _hand_over(self, file: MemoryFile) -> str:
         """Serve one caller, if there is one; returns its name, empty for nobody or a stranger."""
@@ -280,14 +281,15 @@ class IpcTarget:
 
 def _finished(job: Job, name: str, progress: torch.Tensor, regions: Mapping[str, Region]) -> Iterator[str]:
     """Buffers, each as soon as its region is finished."""
-    left, done = dict(regions), progress.numpy()
-    while left:
+    names, places = list(regions), np.array([region.index for region in regions.values()])
+    taken = np.zeros(len(names), np.uint8)
+    while not taken.all():
         job.check(f"{name} to copy its weights")
-        found = [buffer for buffer, region in left.items() if done[region.index]]
-        for buffer in found:
-            del left[buffer]
-            yield buffer
-        if not found:
+        found = np.flatnonzero(progress.numpy()[places] > taken)
+        taken[found] = 1
+        for index in found:
+            yield names[index]
+        if not found.size:
             job.cancelled.wait(_POLL_S)
 
 
