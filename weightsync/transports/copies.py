@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import xxhash
 
-from zerokl.weightsync.digest import tensor_bytes
 from zerokl.weightsync.plan import Batch, Copy
 from zerokl.weightsync.transports.base import Buffers, TransferError
 
@@ -70,7 +69,7 @@ def _digests(views: list[torch.Tensor]) -> list[bytes]:
 
     def take() -> None:
         for index, view in left:
-            found[index] = digest(view)
+            found[index] = digest(view.numpy())
 
     with ThreadPoolExecutor(THREADS) as pool:
         for thread in [pool.submit(take) for _ in range(min(THREADS, len(views)))]:
@@ -78,9 +77,9 @@ def _digests(views: list[torch.Tensor]) -> list[bytes]:
     return found
 
 
-def digest(view: torch.Tensor) -> bytes:
-    """xxh3_128 of a view [rows, bytes of a row] of CPU memory."""
-    return xxhash.xxh3_128_digest(tensor_bytes(view.contiguous()))
+def digest(view: np.ndarray) -> bytes:
+    """xxh3_128 of the bytes [rows, bytes of a row]."""
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(view).data)
 
 
 def move(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -92,13 +91,21 @@ def move(target: torch.Tensor, source: torch.Tensor) -> None:
     np.copyto(target.numpy(), source.numpy())
 
 
-def move_and_digest(target: torch.Tensor, source: torch.Tensor) -> bytes:
-    """`move` between CPU tensors, and `digest` of the source, which is read from memory once for both."""
+def move_and_digest(target: np.ndarray, source: np.ndarray) -> bytes:
+    """Copy the bytes [rows, bytes of a row], and xxh3_128 of the source, which is read from memory once for both."""
     state = xxhash.xxh3_128()
-    for there, here in _steps(target.numpy(), source.numpy()):
+    for there, here in _steps(target, source):
         np.copyto(there, here)
-        state.update(np.ascontiguousarray(here))
+        state.update(np.ascontiguousarray(here).data)
     return state.digest()
+
+
+def bytes_at(memory: np.ndarray, offset: int, pitch: int, copy: Copy) -> np.ndarray:
+    """What `view` returns, of numpy's memory: much faster to make. Raises TransferError outside of it."""
+    try:
+        return np.ndarray((copy.rows, copy.row_bytes), np.uint8, memory, offset, (pitch, 1))  # type: ignore[call-overload]
+    except (TypeError, ValueError) as error:
+        raise TransferError(f"{copy.tensor!r} at {offset} is outside of {memory.size} bytes: {error}") from error
 
 
 def _steps(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -35,10 +35,10 @@ from zerokl.weightsync.plan import Copy, Plan
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
 from zerokl.weightsync.transports.copies import (
     THREADS,
+    bytes_at,
     digest,
     move,
     move_and_digest,
-    source_view,
     target_view,
     view,
 )  # fmt: skip
@@ -101,7 +101,7 @@ class IpcSource:
         self._socket: socket.socket | None = None
         self._path = folder / "none"
         self._nonce = b""
-        self._buffers: Buffers = {}
+        self._sources: dict[str, np.ndarray] = {}
         self._files: list[MemoryFile] = []
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
@@ -112,7 +112,7 @@ class IpcSource:
         self._path.chmod(0o600)
         self._socket.listen(128)
         self._socket.settimeout(_ACCEPT_S)
-        self._buffers, self._nonce = buffers, secrets.token_bytes(16)
+        self._sources, self._nonce = {name: buffer.numpy() for name, buffer in buffers.items()}, secrets.token_bytes(16)
         return msgspec.msgpack.encode(Export(str(self._path), self._nonce))
 
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
@@ -141,7 +141,7 @@ class IpcSource:
             self._socket.close()
             self._path.unlink(missing_ok=True)
             self._socket = None
-        self._buffers = {}
+        self._sources = {}
 
     def new_file(self, nbytes: int) -> MemoryFile:
         """A file of this size. Raises OSError if there is not enough memory."""
@@ -149,10 +149,11 @@ class IpcSource:
 
     def fill(self, memory: torch.Tensor, region: Region) -> dict[Copy, bytes]:
         """Write every copy of a region to its place in it; returns the digests of what was read."""
-        digests = {}
+        digests, target = {}, memory.numpy()
         for copy, offset, pitch in placed(region):
-            place = view(memory, offset, pitch, copy)
-            digests[copy] = move_and_digest(place, source_view(self._buffers, copy))
+            source = self._sources[copy.source_buffer]
+            here = bytes_at(source, copy.source_offset, copy.source_pitch, copy)
+            digests[copy] = move_and_digest(bytes_at(target, offset, pitch, copy), here)
         return digests
 
     def _file(self, nbytes: int, present: Mapping[str, Holding]) -> MemoryFile:
@@ -229,7 +230,7 @@ class IpcTarget:
                 data = memory[region.offset : region.offset + region.nbytes]
                 if region.whole and not self._room.in_place:
                     buffers[buffer] = data
-                    digests.update((copy, digest(target_view(buffers, copy))) for copy in region.copies)
+                    digests |= _digests(data, region)
                 else:
                     buffers[buffer] = self._room.get(buffer)
                     copied += _copy(buffers, region, data)
@@ -291,6 +292,11 @@ def _finished(job: Job, name: str, progress: torch.Tensor, regions: Mapping[str,
             yield names[index]
         if not found.size:
             job.cancelled.wait(_POLL_S)
+
+
+def _digests(data: torch.Tensor, region: Region) -> dict[Copy, bytes]:
+    memory = data.numpy()
+    return {copy: digest(bytes_at(memory, offset, pitch, copy)) for copy, offset, pitch in placed(region)}
 
 
 def _copy(buffers: Buffers, region: Region, data: torch.Tensor) -> int:
