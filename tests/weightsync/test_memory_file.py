@@ -7,15 +7,17 @@ import mmap
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from parties import MODEL, ONE_ENGINE, Parties, engine_buffers
 from test_link_faults import Stale
 
+from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports import ipc
 from zerokl.weightsync.transports.base import TransferError
-from zerokl.weightsync.transports.copies import target_digests
+from zerokl.weightsync.transports.copies import bytes_at, target_digests
 from zerokl.weightsync.transports.memory_file import PAGE, SEALS, MemoryFile, map_file
 
 TWO_ENGINES = SglangSizes(engines=2)
@@ -183,3 +185,12 @@ def test_what_a_receiver_held_in_another_attempt_counts_for_nothing(start):
     assert run.serving() == ["v1", "v1"]
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
+
+
+@pytest.mark.parametrize(("offset", "pitch", "rows"), [(-1, 4, 1), (61, 4, 1), (0, 31, 3), (50, 4, 4)])
+def test_a_copy_outside_of_its_memory_is_refused(offset, pitch, rows):
+    copy = Copy("w", "b", 0, 4, "b", 0, 4, rows, 4)
+    memory = np.arange(64, dtype=np.uint8)
+    assert bytes_at(memory, 8, 12, copy).tolist() == [[8 + 12 * row + i for i in range(4)] for row in range(rows)]
+    with pytest.raises(TransferError, match=r"'w' at .* is outside of 64 bytes"):
+        bytes_at(memory, offset, pitch, copy)
