@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.transports.base import Job, TransferError
-from zerokl.weightsync.transports.ipc import IpcSource, Region, placed
+from zerokl.weightsync.transports.copies import view
+from zerokl.weightsync.transports.ipc import IpcSource, Region, arrange, placed
+from zerokl.weightsync.transports.memory_file import MemoryFile
 
 Damage = Literal["flipped bit", "missing chunk", "source error", "full memory"]
 DAMAGES: tuple[Damage, ...] = ("flipped bit", "missing chunk", "source error", "full memory")
-_LITTLE = 64 << 10
+_LITTLE = 4 << 10
 
 
 class DamagingSource(IpcSource):
     """``plan(damage, where)`` arms it for the next transfer; ``witness`` then says what was done.
 
     flipped bit: one bit of the exported file is another one than in the trainer's memory. missing chunk: one copy is
-    left out. source error: the sender fails while it sends. full memory: the kernel refuses to let the file grow.
+    left out. source error: the sender fails while it sends. full memory: the kernel refuses to let a new file grow.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._armed: Damage | None = None
         self._where = 0
+        self._victim: tuple[Damage, Region, Copy] | None = None
         self.witness = ""
 
     def plan(self, damage: Damage, where: int) -> None:
@@ -37,35 +42,41 @@ class DamagingSource(IpcSource):
         if self._armed == "source error":
             self._armed, self.witness = None, "raised before the first byte"
             raise TransferError("planted: the trainer cannot read its weights")
+        if self._armed == "full memory":
+            self._files = []  # an earlier one would not have to grow
+        elif self._armed is not None:
+            regions = arrange(job.plan, job.rank, endpoints).regions.values()
+            everything = [(region, copy) for region in dict.fromkeys(regions) for copy in region.copies]
+            self._victim = self._armed, *everything[self._where % len(everything)]
+            self._armed = None
         return super().transfer(job, endpoints)
 
-    def fill(self, file: int, regions: Sequence[Region]) -> None:
-        armed, self._armed = self._armed, None
-        if armed == "full memory":
-            self._fill_little(file, regions)
-            return
-        super().fill(file, regions)
-        if armed is None:
-            return
-        everything = [(region, *place) for region in regions for place in placed(region)]
-        region, copy, offset, _ = everything[self._where % len(everything)]
-        start = region.offset + offset
-        if armed == "flipped bit":
-            (byte,) = os.pread(file, 1, start)
-            os.pwrite(file, bytes([byte ^ 1]), start)
-            self.witness = f"bit 0 of {copy.tensor}"
-        else:
-            os.pwrite(file, bytes(copy.nbytes), start)
-            self.witness = f"{copy.nbytes} bytes of {copy.tensor}"
-
-    def _fill_little(self, file: int, regions: Sequence[Region]) -> None:
-        """Let no file of this process grow beyond a little while the export is written."""
+    def new_file(self, nbytes: int) -> MemoryFile:
+        if self._armed != "full memory":
+            return super().new_file(nbytes)
+        self._armed = None
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_LITTLE, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_LITTLE, before[1]))  # no file of this process may be larger
         try:
-            super().fill(file, regions)
+            return super().new_file(nbytes)
         except OSError as error:
             self.witness = f"the kernel: {error.strerror}"
             raise
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def fill(self, memory: torch.Tensor, region: Region) -> dict[Copy, bytes]:
+        digests = super().fill(memory, region)
+        if self._victim is None or self._victim[1] != region:
+            return digests
+        damage, _, victim = self._victim
+        self._victim = None
+        ((offset, pitch),) = [place for copy, *place in placed(region) if copy == victim]
+        target = view(memory, offset, pitch, victim)
+        if damage == "flipped bit":
+            target[0, 0] ^= 1
+            self.witness = f"bit 0 of {victim.tensor}"
+        else:
+            target[:] = 0
+            self.witness = f"{victim.nbytes} bytes of {victim.tensor}"
+        return digests

@@ -244,7 +244,7 @@ class WeightSource(_Member):
                 start = time.monotonic()
                 copied = self._ends.current.transfer(job, endpoints)
                 seconds = time.monotonic() - start
-                return m.Transferred(attempt, source_digests(self.buffers, job.sent()), copied, seconds)
+                return m.Transferred(attempt, source_digests(self.buffers, job.sent(), job.digests), copied, seconds)
             case m.Resume(attempt):
                 self._ends.finish()
                 return m.Resumed(attempt)
@@ -295,7 +295,7 @@ class WeightReceiver(_Member):
                 self._arrived = self._ends.current.transfer(job, endpoints)
                 return m.Transferred(attempt, (), self._arrived.copied_bytes, time.monotonic() - start)
             case m.Verify(attempt, digests):
-                found = target_digests(self._arrived.buffers, job.received())
+                found = target_digests(self._arrived.buffers, job.received(), self._arrived.digests)
                 _compare(job.received(), digests, found)
                 self._pause()
                 return m.Verified(attempt, xxhash.xxh3_128_digest(b"".join(found)))

@@ -31,6 +31,7 @@ def flip_bit(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor
 
     def action(request: dict[str, Any]) -> None:
         name, element, bit = request["name"], request["element"], request["bit"]
+        _make_writable(model, name)
         target = live_parameters(model).get(name)
         if target is None:
             raise WeightSyncError(f"the model has no parameter {name!r}")
@@ -58,6 +59,14 @@ def live_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Hugging Face name -> view of the live parameter, contiguous. A tied head is the embedding, listed once."""
     whole = model.named_parameters()  # lists a shared parameter once
     return {name: view for full, parameter in whole for name, view in live_parts(model, full, parameter)}
+
+
+def _make_writable(model: torch.nn.Module, name: str) -> None:
+    """Give the parameter that holds ``name`` memory of its own: a transfer may have left it in memory nobody can
+    write."""
+    for full, parameter in model.named_parameters():
+        if name in dict(live_parts(model, full, parameter)):
+            parameter.data = parameter.data.clone()
 
 
 def live_parts(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:

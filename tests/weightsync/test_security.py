@@ -106,7 +106,7 @@ PARSERS = {
     "greeting": lambda data: wire.decode(data, m.Hello),
     "join": lambda data: wire.decode(data, m.Join),
     "ipc": ipc.parse_export,
-    "ipc sizes": lambda data: ipc.parse_sizes({"rollout-0": data}, 0),
+    "ipc holding": lambda data: ipc.parse_holding({"rollout-0": data}, 0),
     "rdma": rdma.parse,
     "mooncake": mooncake.parse,
     "cuda_ipc": cuda_ipc.parse_export,

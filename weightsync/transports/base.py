@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from zerokl.weightsync.errors import WeightSyncError
-from zerokl.weightsync.plan import Batch, Plan
+from zerokl.weightsync.plan import Batch, Copy, Plan
 
 Buffers = Mapping[str, torch.Tensor]
 """Buffer name -> its bytes, a contiguous uint8 tensor [n]."""
@@ -37,6 +37,8 @@ class Job:
     """The version a receiver holds now, if any."""
     deadline: float = float("inf")
     cancelled: threading.Event = field(default_factory=threading.Event)
+    digests: dict[Copy, bytes] = field(default_factory=dict)
+    """xxh3_128 of what a copy read, for those copies that the sending end digested while it had the bytes in cache."""
 
     def check(self, waiting_for: str) -> None:
         """Raise Cancelled if the attempt was aborted, TransferError, saying for what, past its deadline."""
@@ -56,10 +58,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Arrived:
-    """The receiver's buffers of the new version, and how many bytes were copied to get them."""
+    """The receiver's buffers of the new version, and how many bytes were copied to get them. ``digests``: xxh3_128 of
+    what a copy has written, for those copies that were digested as they arrived, into memory that cannot change."""
 
     buffers: Buffers
     copied_bytes: int
+    digests: Mapping[Copy, bytes] = field(default_factory=dict)
 
 
 class Room:

@@ -23,10 +23,15 @@ from zerokl.weightsync.layout import Typed
 from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.plan import Batch, Copy
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
+from zerokl.weightsync.transports.copies import THREADS
 
 PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
+_PIECE = 4 << 20
+"""Bytes of one descriptor at most: NIXL's threads each take descriptors, not bytes."""
+_AT_ONCE = 16
+"""Descriptors that one of NIXL's threads takes at a time."""
 
 
 _Places = frozenset[tuple[int, int]]
@@ -53,7 +58,8 @@ class _Agent:
         # without a thread of its own: both sides poll while they transfer, and an idle engine needs its cores
         settings = api.nixl_agent_config(enable_prog_thread=False, backends=[])
         self.api: Any = api.nixl_agent(secrets.token_hex(16), settings)
-        self.api.create_backend(_BACKEND, {"ucx_devices": devices})
+        shared = {"num_threads": str(THREADS), "split_batch_size": str(_AT_ONCE)}
+        self.api.create_backend(_BACKEND, {"ucx_devices": devices} | shared)
         bindings = importlib.import_module(f"{package}._bindings")
         classes = [
             value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
@@ -246,14 +252,25 @@ def _kind(gpu: int) -> str:
 
 
 def runs(parts: list[tuple[tuple[int, int], int, int, Copy]], gpu: int = -1) -> np.ndarray:
-    """(address, bytes, device) of every row of every copy, int64 [n, 3]. Raises TransferError outside a buffer."""
-    rows = []
-    for (address, size), offset, pitch, copy in parts:
+    """(address, bytes, device) of every row of every copy, in pieces of at most _PIECE bytes, int64 [n, 3].
+
+    Raises TransferError outside a buffer.
+    """
+    for (_, size), offset, pitch, copy in parts:
         if offset + (copy.rows - 1) * pitch + copy.row_bytes > size:
             raise TransferError(f"{copy.tensor!r} does not fit into a buffer of {size} bytes")
-        starts = address + offset + pitch * np.arange(copy.rows, dtype=np.int64)
-        rows.append(np.stack([starts, np.full_like(starts, copy.row_bytes), np.full_like(starts, max(gpu, 0))], axis=1))
-    return np.concatenate(rows)
+    found = np.array([(place[0] + offset, pitch, c.rows, c.row_bytes) for place, offset, pitch, c in parts], np.int64)
+    starts, pitches, rows, widths = found.T
+    starts, widths = np.repeat(starts, rows) + np.repeat(pitches, rows) * _numbers(rows), np.repeat(widths, rows)
+    pieces = -(-widths // _PIECE)
+    skipped = _numbers(pieces) * _PIECE
+    starts, widths = np.repeat(starts, pieces) + skipped, np.minimum(np.repeat(widths, pieces) - skipped, _PIECE)
+    return np.stack([starts, widths, np.full_like(starts, max(gpu, 0))], axis=1)
+
+
+def _numbers(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each count, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _notice(attempt: bytes, rank: int) -> bytes:
