@@ -42,7 +42,9 @@ class Ends(Generic[End]):
     @staticmethod
     def only(end: End) -> Ends[End]:
         """One end that is there already, for weights in host memory."""
-        return Ends(place.here(torch.device("cpu"), only=end.name), lambda _: end)
+        ends = Ends(place.here(torch.device("cpu"), only=end.name), lambda _: end)
+        ends.use(end.name)
+        return ends
 
     @property
     def current(self) -> End:

@@ -230,6 +230,10 @@ class WeightSource(_Member):
         )
         self.buffers: Buffers = {}
 
+    @property
+    def _transport(self) -> Source:
+        return self._ends.current
+
     def carry_out(self, effect: Effect, order: m.Message) -> m.Message:
         job = self.job
         assert job is not None
@@ -239,10 +243,10 @@ class WeightSource(_Member):
                 return self._make_plan(order)
             case m.Prepare(attempt):
                 _check_sizes(self.buffers, self._held)
-                return m.Prepared(attempt, self._ends.current.prepare(job, self.buffers))
+                return m.Prepared(attempt, self._transport.prepare(job, self.buffers))
             case m.Transfer(attempt, endpoints):
                 start = time.monotonic()
-                copied = self._ends.current.transfer(job, endpoints)
+                copied = self._transport.transfer(job, endpoints)
                 seconds = time.monotonic() - start
                 return m.Transferred(attempt, source_digests(self.buffers, job.sent(), job.digests), copied, seconds)
             case m.Resume(attempt):
@@ -275,6 +279,10 @@ class WeightReceiver(_Member):
         self._paused_at = 0.0
 
     @property
+    def _transport(self) -> Target:
+        return self._ends.current
+
+    @property
     def serving(self) -> str | None:
         """The version that may be served now; None if none may."""
         return self.machine.version if self.machine.serving else None
@@ -289,10 +297,10 @@ class WeightReceiver(_Member):
             case m.Prepare(attempt):
                 if self._room.in_place:
                     self._pause()
-                return m.Prepared(attempt, self._ends.current.prepare(job, self._room))
+                return m.Prepared(attempt, self._transport.prepare(job, self._room))
             case m.Transfer(attempt, endpoints):
                 start = time.monotonic()
-                self._arrived = self._ends.current.transfer(job, endpoints)
+                self._arrived = self._transport.transfer(job, endpoints)
                 return m.Transferred(attempt, (), self._arrived.copied_bytes, time.monotonic() - start)
             case m.Verify(attempt, digests):
                 found = target_digests(self._arrived.buffers, job.received(), self._arrived.digests)

@@ -16,7 +16,7 @@ def verify(zerokl, model_folder, tmp_path):
         out = tmp_path / "out.json"
         done = zerokl("verify", "--model", model_folder(name), "--json", out, *options)
         assert out.is_file(), done.stdout + done.stderr
-        return done.returncode, json.loads(out.read_text()), done.stdout
+        return done.returncode, json.loads(out.read_text()), done.stdout + done.stderr
 
     return run
 
@@ -92,3 +92,4 @@ def test_transfers_under_drawn_faults_leave_every_rank_of_an_engine_equal(verify
         assert row["ok"], row
         assert row["witness"], row
     assert "weight transfers  4 rounds, all well" in printed
+    assert "MB by ipc (host memory of one host) at " in printed
