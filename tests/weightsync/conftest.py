@@ -12,8 +12,9 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def fault_row(record_property):
-    """fault_row(fault, phase, witness that it happened, what it led to): a row of the table of faults."""
-    return lambda *cells: record_property("fault", cells)
+    """fault_row(fault, phase, witness that it happened, outcome, seconds): a row of the table of faults. Without
+    seconds, those that the test took."""
+    return lambda *cells, seconds=None: record_property("fault", (*cells, seconds))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -28,10 +29,9 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("faults")
     for report in terminalreporter.getreports("passed"):
-        for fault, phase, witness, outcome in (cells for name, cells in report.user_properties if name == "fault"):
-            terminalreporter.write_line(
-                f"{fault:<42} {phase:<9} {witness:<20} {report.duration:5.1f} s  {outcome:.200}"
-            )
+        for fault, phase, witness, outcome, seconds in (x for name, x in report.user_properties if name == "fault"):
+            took = report.duration if seconds is None else seconds
+            terminalreporter.write_line(f"{fault:<42} {phase:<9} {witness:<20} {took:5.1f} s  {outcome:.200}")
     for outcome in ("failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
             terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {outcome}")

@@ -30,26 +30,32 @@ VETH, ENGINES = "zerokl0", SglangSizes(engines=2)
 LINKS = {"collective": VETH, "rdma": "lo"}
 # more than sockets hold: what a link carries before it goes down is not everything
 MODEL = replace(parties.MODEL, vocabulary=16384, hidden=256)
-_NEWUSER, _NEWNET = 0x10000000, 0x40000000
+_NEWNS, _NEWUSER, _NEWNET = 0x00020000, 0x10000000, 0x40000000
 _GET_FLAGS, _SET_FLAGS, _SET_ADDRESS, _SET_MASK = 0x8913, 0x8914, 0x8916, 0x891C
 _UP = 1
 _NEWLINK, _REQUEST_ACK_CREATE = 16, 0x1 | 0x4 | 0x200 | 0x400
 _IFNAME, _LINKINFO, _NETNS_PID, _KIND, _DATA, _PEER = 3, 18, 19, 1, 2, 1
 
 
-def _call(name: str, *arguments: int) -> None:
+def _call(name: str, *arguments: int | bytes) -> None:
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")
 
 
-def enter() -> None:
-    """Move this process, of one thread, into user and network namespaces of its own. Raises OSError where users may not
-    have any."""
+def enter(kind: int = _NEWNET) -> None:
+    """Move this process, of one thread, into a user and a network (or mount) namespace of its own. Raises OSError where
+    users may not have any."""
     uid, gid = os.getuid(), os.getgid()
-    _call("unshare", _NEWUSER | _NEWNET)
+    _call("unshare", _NEWUSER | kind)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         Path(f"/proc/self/{name}").write_text(text)
+
+
+def enter_with_shared_memory(nbytes: int) -> None:
+    """The same, with a /dev/shm of its own, of so many bytes."""
+    enter(_NEWNS)
+    _call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=%d" % nbytes)
 
 
 def join(pid: int, network_of: int | None) -> None:

@@ -48,7 +48,7 @@ def engine_fault(run: Run, what: str, step: str) -> str:
     else:
         victim.proceed()
         run.eventually_served([now, now])
-    return f"{outcome.cause or outcome.lost} ({seconds:.1f} s)"
+    return f"{outcome.cause or outcome.lost}"
 
 
 def trainer_fault(run: Run, what: str, step: str) -> str:
@@ -58,14 +58,13 @@ def trainer_fault(run: Run, what: str, step: str) -> str:
     deadlines = processes.waited_out(step, processes.Impatient) if what == "stopped" else processes.LONG
     run.trainer.pipe.send(("sync", "v2", 2, deadlines))
     run.trainer.until(what)  # the witness
-    began = time.monotonic()
     if what == "killed":
         if step == "resume":
             run.eventually_served(["v2", "v2"])
         else:
             run.eventually_served(["v1", "v1"])
         run.restart_trainer()
-        return f"served without a trainer: {run.served()} ({time.monotonic() - began:.1f} s)"
+        return f"served without a trainer: {run.served()}"
     time.sleep(deadlines.patience)  # then the engines have given up on it; who has committed never does
     run.eventually_in({"idle", "committed"} if step == "commit" else {"idle"})
     served = run.served()
@@ -81,7 +80,7 @@ def trainer_fault(run: Run, what: str, step: str) -> str:
     assert step == "commit" or outcome.committed == (step == "resume")  # in commit, all may have answered in time
     now = "v2" if outcome.committed else "v1"
     run.eventually_served([now, now])
-    return f"served then: {served}; {outcome.cause or 'committed'} ({time.monotonic() - began:.1f} s)"
+    return f"served then: {served}; {outcome.cause or 'committed'}"
 
 
 def killed_before_the_decision(run: Run) -> str:
@@ -108,13 +107,15 @@ def settle(run: Run) -> list:
     return found
 
 
-def carry_out(folder: Path, transport: str, who: str, what: str, step: str) -> str:
+def carry_out(folder: Path, transport: str, who: str, what: str, step: str) -> tuple[str, float]:
     with Run(folder, transport) as run:
+        began = time.monotonic()
         text = (engine_fault if who == "engine" else trainer_fault)(run, what, step)
+        seconds = time.monotonic() - began
         outcome = run.sync("v3")
         assert outcome.committed, outcome
         run.eventually_served(["v3", "v3"])
-        return text
+        return text, seconds
 
 
 @pytest.fixture(scope="module")
@@ -135,4 +136,5 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_fault_leaves_one_verified_version(table, case, fault_row):
     transport, who, what, step = case
-    fault_row(f"{transport}: {who} {what}", step, "state in /proc", table[case].result(timeout=600))
+    outcome, seconds = table[case].result(timeout=600)
+    fault_row(f"{transport}: {who} {what}", step, "state in /proc", outcome, seconds=seconds)

@@ -241,13 +241,15 @@ QUANTISED_LEFT, QUANTISED_RIGHT = megatron_layout(QUANTISED, ONE), sglang_layout
     ],
     ids=["shape", "dtype", "scales", "scale layout", "form"],
 )
-def test_sides_that_do_not_fit_together_are_refused_before_anything_moves(tmp_path, left, right, named, fault_row):
+def test_sides_that_do_not_fit_together_are_refused_before_anything_moves(
+    tmp_path, left, right, named, fault_row, request
+):
     sender, source, receiver = sides(tmp_path, left, right)
     try:
         with pytest.raises(WeightSyncError, match=f"rollout-0 has another model than trainer-0.*({named})") as refused:
             sender.sync("v1")
         assert receiver.serving is None
-        fault_row("sides that differ", "plan", "both layouts", str(refused.value)[:200])
+        fault_row(f"sides that differ in {request.node.callspec.id}", "plan", "both layouts", str(refused.value)[:200])
     finally:
         sender.close()
         source.close()
