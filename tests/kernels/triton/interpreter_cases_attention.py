@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import interpreter_cases  # noqa: F401 - it makes tl.dot a chain
-from data import assert_same_bits, f32, hashed
+from data import assert_same_bits, f32, hashed, tie
 
 from zerokl.kernels.reference import arith
 from zerokl.kernels.reference import attention as ref_attention
@@ -194,6 +194,18 @@ def test_both_ways_merge_in_ascending_order(short_segments, monkeypatch):
         assert_same_bits(out, np.full((1, 1, 16), arith.bf16(np.float32(3 / n))), "ascending")
 
 
+def test_both_ways_merge_with_one_rounding(short_segments, monkeypatch):
+    """Equal scores within a segment, so weights are 1, and ties: the bytes of the reference, by the merge alone."""
+    n, count = 2 * SEGMENT, 24
+    q, k, v = hashed(count, 1, 16, seed=1), torch.full((n, 1, 16), 0.5).bfloat16(), hashed(n, 1, 16, seed=3)
+    k[SEGMENT:] = 0.25
+    tie(k, v)
+    pages, arrays = _pages(k, v, [n], 32), (f32(k[:, 0]), f32(v[:, 0]))
+    expected = [ref_attention.attend_row(f32(q[i, 0]), *arrays, 0, n - count + i + 1, 0.7)[0] for i in range(count)]
+    for out in _either_way(monkeypatch, lambda: _paged(q, pages, [count], 0.7)):
+        assert_same_bits(out[:, 0], arith.bf16(np.stack(expected)), "merged")
+
+
 def test_split_is_chosen_for_decoding_that_leaves_processors_idle():
     decode = {"tokens": 1, "heads": 32, "kv_heads": 8, "v_dim": 128, "sequences": 1, "segments": 32}
     assert split_config(**decode) == SplitConfig(32)
@@ -271,6 +283,17 @@ def test_attention_backward_equals_reference_where_rounding_is_exact():
     _, _, dv = _attention_gradients(q, k, v, [0, 40], out, lse, dout, 0.2, window=1)
     pairs = [arith.chain(np.ones((1, 4), dtype=np.float32), f32(dout[t])) for t in range(40)]
     assert_same_bits(dv, arith.bf16(np.stack(pairs)), "dv")
+
+
+def test_value_gradients_add_queries_in_order():
+    """64 equal scores: weights are 2^-6 exactly, so the order over tiles of (query, head) decides every bit of dv."""
+    q, k, v = torch.zeros(64, 2, 16).bfloat16(), hashed(64, 1, 16, seed=2), hashed(64, 1, 16, seed=3)
+    out, lse = _attention(q, k, v, [0, 64], 0.2, causal=False)
+    dout = hashed(64, 2, 16, seed=4, kind="wide")
+    dout[40:42] = -dout[38:40]  # what was added before loses its low bits
+    _, _, dv = _attention_gradients(q, k, v, [0, 64], out, lse, dout, 0.2, causal=False)
+    expected = arith.bf16(arith.chain(np.full((1, 128), 2.0**-6, np.float32), f32(dout).reshape(128, 16)))
+    assert_same_bits(dv[:, 0], np.broadcast_to(expected, (64, 16)), "dv")
 
 
 def test_attention_backward_beside_nan():
