@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._check import check_offsets
 from ._math import launch_options, to_bf16
-from .linear import MAX_SEGMENTS, chain, tree
+from .linear import MAX_SEGMENTS, chain, place, tree
 from .linear_config import linear_config
 
 
@@ -55,15 +55,8 @@ def grouped_kernel(
 
     A program's rows belong to one expert. Rows and columns past the edge repeat the last ones and are not stored.
     """
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    # as in matmul_kernel: groups of row blocks walk the columns together
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    tile_n = (program % (GROUP * tiles_n)) // height
-    expert, tile_m = _owner(
-        offsets_ptr, experts, group * GROUP + (program % (GROUP * tiles_n)) % height, BLOCK_M, EXPERTS
-    )
+    tile, tile_n = place(tiles_m, tl.cdiv(n, BLOCK_N), GROUP)
+    expert, tile_m = _owner(offsets_ptr, experts, tile, BLOCK_M, EXPERTS)
     if expert < experts:
         end = tl.load(offsets_ptr + expert + 1)
         row = tl.load(offsets_ptr + expert) + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -74,6 +74,31 @@ def tree(
 
 
 @triton.jit
+def place(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """A program's tile: groups of row blocks walk the columns together, so that their share of b stays in L2."""
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    return group * GROUP + (program % (GROUP * tiles_n)) % height, (program % (GROUP * tiles_n)) // height
+
+
+@triton.jit
+def rows_and_columns(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Those of a program's tile of y [m, n]; some may lie past the edge."""
+    tile_m, tile_n = place(tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
+    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS: tl.constexpr, ROUND: tl.constexpr):
+    """y [m, n] = acc (+ bias), rounded once if ROUND; what lies past the edge is not stored."""
+    if BIAS:
+        acc = acc + tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]
+    mask = (row < m)[:, None] & (column < n)[None, :]
+    tl.store(y_ptr + row.to(tl.int64)[:, None] * n + column[None, :], to_bf16(acc) if ROUND else acc, mask=mask)
+
+
+@triton.jit
 def matmul_kernel(
     a_ptr,
     b_ptr,
@@ -102,29 +127,19 @@ def matmul_kernel(
     CONTINUE: the chains start from what y holds. Rows and columns past the edge wrap around and are not stored: an
     output depends on its own row of a and column of b alone.
     """
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    # groups of row blocks walk the columns together, so that their share of b stays in L2
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    tile_m = group * GROUP + (program % (GROUP * tiles_n)) % height
-    tile_n = (program % (GROUP * tiles_n)) // height
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = rows_and_columns(m, n, BLOCK_M, BLOCK_N, GROUP)
     i = tl.arange(0, BLOCK_K)
     a_at = a_ptr + (row % m).to(tl.int64)[:, None] * a_row + i.to(tl.int64)[None, :] * a_column
     b_at = b_ptr + i.to(tl.int64)[:, None] * b_row + (column % n).to(tl.int64)[None, :] * b_column
-    y_at = y_ptr + row.to(tl.int64)[:, None] * n + column[None, :]
-    mask = (row < m)[:, None] & (column < n)[None, :]
     if SEGMENTS > 1:
         acc = tree(a_at, b_at, depth, a_column, b_row, (BLOCK_M, BLOCK_N), SEGMENTS, BLOCK_K, EVEN_K)
     else:
-        acc = tl.load(y_at, mask=mask, other=0.0) if CONTINUE else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if CONTINUE:
+            y_at = y_ptr + row.to(tl.int64)[:, None] * n + column[None, :]
+            acc = tl.load(y_at, mask=(row < m)[:, None] & (column < n)[None, :], other=0.0)
         acc = chain(a_at, b_at, acc, depth, a_column, b_row, BLOCK_K, EVEN_K)
-    if BIAS:
-        acc = acc + tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]
-    tl.store(y_at, to_bf16(acc) if ROUND else acc, mask=mask)
+    finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS, ROUND)
 
 
 @triton.jit

@@ -12,31 +12,10 @@ import triton.language as tl
 from .. import contract
 from ._codes import e4m3_to_f32, int4_to_f32, scale_to_f32
 from ._math import launch_options, to_bf16
+from .linear import finish, rows_and_columns
 from .quantized_linear_config import int4_linear_config, scaled_linear_config
 
 _INT4_K = 128  # k of a step of int4_linear: a whole number of groups
-
-
-@triton.jit
-def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """A program's rows and columns: groups of row blocks walk the columns together, so their share of W stays in L2."""
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    tile_m = group * GROUP + (program % (GROUP * tiles_n)) % height
-    tile_n = (program % (GROUP * tiles_n)) // height
-    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
-
-@triton.jit
-def _finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS: tl.constexpr, ROUND: tl.constexpr):
-    """y = acc (+ bias), rounded once if ROUND."""
-    if BIAS:
-        acc = acc + tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]
-    mask = (row < m)[:, None] & (column < n)[None, :]
-    tl.store(y_ptr + row.to(tl.int64)[:, None] * n + column[None, :], to_bf16(acc) if ROUND else acc, mask=mask)
 
 
 @triton.jit
@@ -64,7 +43,7 @@ def scaled_linear_kernel(
     Per block ``acc = acc + (sx sw) partial``, ascending. Blocks of 128 multiply the codes as they are; blocks of 32
     widened to bf16, exactly, by the steps of R1. Rows and columns past the edge wrap around and are not stored.
     """
-    row, column = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row, column = rows_and_columns(m, n, BLOCK_M, BLOCK_N, GROUP)
     blocks = tl.cdiv(k, BLOCK)
     i = tl.arange(0, BLOCK)
     x_at = x_ptr + (row % m).to(tl.int64)[:, None] * k + i[None, :]
@@ -90,7 +69,7 @@ def scaled_linear_kernel(
         acc = acc + (sx[:, None] * sw[None, :]) * partial
         x_at += BLOCK
         w_at += BLOCK
-    _finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS, ROUND)
+    finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS, ROUND)
 
 
 @triton.jit
@@ -116,7 +95,7 @@ def int4_linear_kernel(
 
     R1 on ``bf16(code scale)``, dequantised in registers. Past k everything is zero.
     """
-    row, column = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row, column = rows_and_columns(m, n, BLOCK_M, BLOCK_N, GROUP)
     i = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
     scale = tl.arange(0, BLOCK_K // WIDTH)
@@ -140,7 +119,7 @@ def int4_linear_kernel(
         x_at += BLOCK_K
         w_at += BLOCK_K // 8
         scale_at += BLOCK_K // WIDTH
-    _finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS, ROUND)
+    finish(acc, bias_ptr, y_ptr, row, column, m, n, BIAS, ROUND)
 
 
 def check_fp8_steps(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from data import assert_same_bits, f32, hashed
+from data import assert_same_bits, f32, hashed, tie
 
 from zerokl import kernels
 from zerokl.kernels.ops._common import ops
@@ -30,6 +30,7 @@ def suite() -> None:
     assert_same_bits(kernels.rms_norm(x, x[0].abs(), 1e-5), norm.rms_norm(f32(x), f32(x[0].abs()), 1e-5)[0], "rms_norm")
     assert_same_bits(kernels.silu_and_mul(x), activation.silu_and_mul(f32(x)), "silu_and_mul")
     q, k, v = (hashed(140, 1, 64, seed=s, kind=kind) * 4 for s, kind in ((5, "plain"), (6, "plain"), (7, "cancel")))
+    tie(k, v)
     out, lse = torch.empty_like(q), torch.empty(140, 1)
     ops.attention_varlen(q, k, v, torch.tensor([0, 140], dtype=torch.int32), 0.01, True, 0, None, out, lse)
     for row in (0, 63, *range(64, 140, 5)):
@@ -154,6 +155,15 @@ def contracted_merge(a, b):
     return m, arith.fma(a[1], e1, F32(b[1] * e2)), a[2] + b[2]
 
 
+def rounded_attention(*arguments):
+    """Products rounded before they are added, wherever attention fuses them."""
+    fused, attention.fma = attention.fma, lambda a, b, c: ((a * b).astype(F32) + c).astype(F32)
+    try:
+        return attend_row(*arguments)
+    finally:
+        attention.fma = fused
+
+
 def segments_in_ascending_order(x, w, bias=None, *, segments=1, round_output=True):
     depth = x.shape[1] // segments
     parts = [chain(x[:, g * depth : (g + 1) * depth], w[:, g * depth : (g + 1) * depth].T) for g in range(segments)]
@@ -246,7 +256,7 @@ def biased_weights(logits, k, **options):
 
 chain, combine, router_row, live_route = arith.chain, moe.combine, moe.router_row, route
 linear_backward, embedding_backward = linear.linear_backward, linear.embedding_backward
-attention_backward = attention.attention_backward
+attention_backward, attend_row = attention.attention_backward, attention.attend_row
 MUTANTS = {
     "split-K": {"chain": split_k},
     "descending k": {"chain": lambda a, b, s=None: plain_chain(a, b, s, order=lambda n: range(n - 1, -1, -1))},
@@ -263,6 +273,8 @@ MUTANTS = {
     "contraction in the merge": {"_merge": contracted_merge},
     "four vocabulary segments": {"SEGMENTS": 4},
     "attention blocks of 32": {"BLOCK": 32},
+    "attention segments of 64": {"SEGMENT": 64},
+    "products of attention rounded": {"attend_row": rounded_attention},
     "ties to the later expert": {"_descending": later_index_first},
     "slots in descending order": {"combine": slots_descending},
     "shared expert first": {"combine": shared_first},

