@@ -5,6 +5,7 @@ import faulthandler
 import fcntl
 import mmap
 import os
+import re
 import signal
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from parties import MODEL, ONE_ENGINE, Parties, engine_buffers
 from test_link_faults import Stale
 
+from zerokl.orchestrate.damage import DamagingSource
 from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports import ipc
@@ -194,3 +196,34 @@ def test_a_copy_outside_of_its_memory_is_refused(offset, pitch, rows):
     assert bytes_at(memory, 8, 12, copy).tolist() == [[8 + 12 * row + i for i in range(4)] for row in range(rows)]
     with pytest.raises(TransferError, match=r"'w' at .* is outside of 64 bytes"):
         bytes_at(memory, offset, pitch, copy)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause", "witness"),
+    [
+        ("flipped bit", r"rollout-\d: tensor '(.*)' from trainer-0", r"bit 0 of (.*)"),
+        ("missing chunk", r"rollout-\d: tensor '(.*)' from trainer-0", r"\d+ bytes of (.*)"),
+        ("source error", "planted: (the trainer cannot read its weights)", "raised before the first byte"),
+        ("full memory", r"cannot export \d+ bytes of weights: (.*)", "the kernel: (.*)"),
+    ],
+)
+def test_every_damage_that_can_be_planted_is_found(tmp_path, damage, cause, witness):
+    source = DamagingSource(tmp_path)
+    run = Parties(tmp_path, [source], [ipc.IpcTarget(), ipc.IpcTarget()], rollout=TWO_ENGINES)
+    try:
+        for version in range(2):
+            assert run.sync(f"v{version}", seed=version).committed
+        source.plan(damage, 12345)
+        outcome = run.sync("bad", seed=9)
+        assert not outcome.committed
+        found, seen = re.search(cause, outcome.cause), re.fullmatch(witness, source.witness)
+        assert seen, source.witness
+        broke_off = outcome.failed_in == "transfer" and "trainer-0 does not hand over" in outcome.cause
+        assert found or broke_off, outcome.cause  # whoever is heard first
+        assert not found or seen.groups() in ((), found.groups())
+        assert run.serving() == ["v1", "v1"]
+        assert run.all_hold(1)
+        assert run.sync("v2", seed=2).committed
+        assert run.all_hold(2)
+    finally:
+        run.close()
