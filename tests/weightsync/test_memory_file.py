@@ -8,6 +8,7 @@ import os
 import re
 import signal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,13 @@ def test_a_file_is_written_again_only_when_everyone_who_got_it_says_it_is_free(t
     assert (larger.nbytes, source._files) == (2 * PAGE, [larger])
 
 
+def test_an_announcement_of_another_attempt_is_refused():
+    said = {"rollout-1": msgspec.msgpack.encode(holding(A))}
+    assert list(ipc.receivers(said, bytes(16))) == ["rollout-1"]
+    with pytest.raises(TransferError, match="rollout-1 announced what it holds in another attempt"):
+        ipc.receivers(said, B)
+
+
 @pytest.fixture
 def start(tmp_path):
     running = []
@@ -183,7 +191,7 @@ def test_what_a_receiver_held_in_another_attempt_counts_for_nothing(start):
     run.receivers[0]._transport.armed = True
     outcome = run.sync("v2", seed=2)
     assert run.receivers[0]._transport.fired == 1
-    assert outcome.cause == "trainer-0: rollout-0 announced what it holds in another attempt"
+    assert (outcome.committed, outcome.failed_in) == (False, "transfer")
     assert run.serving() == ["v1", "v1"]
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
