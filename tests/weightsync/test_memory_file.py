@@ -5,14 +5,17 @@ import faulthandler
 import fcntl
 import mmap
 import os
+import re
 import signal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from parties import MODEL, ONE_ENGINE, Parties, engine_buffers
 from test_link_faults import Stale
 
+from zerokl.orchestrate.damage import DamagingSource
 from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports import ipc
@@ -113,6 +116,13 @@ def test_a_file_is_written_again_only_when_everyone_who_got_it_says_it_is_free(t
     assert (larger.nbytes, source._files) == (2 * PAGE, [larger])
 
 
+def test_an_announcement_of_another_attempt_is_refused():
+    said = {"rollout-1": msgspec.msgpack.encode(holding(A))}
+    assert list(ipc.receivers(said, bytes(16))) == ["rollout-1"]
+    with pytest.raises(TransferError, match="rollout-1 announced what it holds in another attempt"):
+        ipc.receivers(said, B)
+
+
 @pytest.fixture
 def start(tmp_path):
     running = []
@@ -181,7 +191,7 @@ def test_what_a_receiver_held_in_another_attempt_counts_for_nothing(start):
     run.receivers[0]._transport.armed = True
     outcome = run.sync("v2", seed=2)
     assert run.receivers[0]._transport.fired == 1
-    assert outcome.cause == "trainer-0: rollout-0 announced what it holds in another attempt"
+    assert (outcome.committed, outcome.failed_in) == (False, "transfer")
     assert run.serving() == ["v1", "v1"]
     assert run.all_hold(1)
     assert run.sync("v3", seed=3).committed
@@ -194,3 +204,34 @@ def test_a_copy_outside_of_its_memory_is_refused(offset, pitch, rows):
     assert bytes_at(memory, 8, 12, copy).tolist() == [[8 + 12 * row + i for i in range(4)] for row in range(rows)]
     with pytest.raises(TransferError, match=r"'w' at .* is outside of 64 bytes"):
         bytes_at(memory, offset, pitch, copy)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause", "witness"),
+    [
+        ("flipped bit", r"rollout-\d: tensor '(.*)' from trainer-0", r"bit 0 of (.*)"),
+        ("missing chunk", r"rollout-\d: tensor '(.*)' from trainer-0", r"\d+ bytes of (.*)"),
+        ("source error", "planted: (the trainer cannot read its weights)", "raised before the first byte"),
+        ("full memory", r"cannot export \d+ bytes of weights: (.*)", "the kernel: (.*)"),
+    ],
+)
+def test_every_damage_that_can_be_planted_is_found(tmp_path, damage, cause, witness):
+    source = DamagingSource(tmp_path)
+    run = Parties(tmp_path, [source], [ipc.IpcTarget(), ipc.IpcTarget()], rollout=TWO_ENGINES)
+    try:
+        for version in range(2):
+            assert run.sync(f"v{version}", seed=version).committed
+        source.plan(damage, 12345)
+        outcome = run.sync("bad", seed=9)
+        assert not outcome.committed
+        found, seen = re.search(cause, outcome.cause), re.fullmatch(witness, source.witness)
+        assert seen, source.witness
+        broke_off = outcome.failed_in == "transfer" and "trainer-0 does not hand over" in outcome.cause
+        assert found or broke_off, outcome.cause  # whoever is heard first
+        assert not found or seen.groups() in ((), found.groups())
+        assert run.serving() == ["v1", "v1"]
+        assert run.all_hold(1)
+        assert run.sync("v2", seed=2).committed
+        assert run.all_hold(2)
+    finally:
+        run.close()

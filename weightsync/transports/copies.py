@@ -103,7 +103,7 @@ def move_and_digest(target: np.ndarray, source: np.ndarray) -> bytes:
 def bytes_at(memory: np.ndarray, offset: int, pitch: int, copy: Copy) -> np.ndarray:
     """What `view` returns, of numpy's memory: much faster to make. Raises TransferError outside of it."""
     try:
-        return np.ndarray((copy.rows, copy.row_bytes), np.uint8, memory, offset, (pitch, 1))  # type: ignore[call-overload]
+        return np.ndarray((copy.rows, copy.row_bytes), np.uint8, memory, offset, (pitch, 1))
     except (TypeError, ValueError) as error:
         raise TransferError(f"{copy.tensor!r} at {offset} is outside of {memory.size} bytes: {error}") from error
 
