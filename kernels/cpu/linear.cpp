@@ -11,14 +11,17 @@ void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* 
 // *sum = the words of w, n of them, combined by exclusive or. On the same threads, in the same order and as often as
 // `linear` reads a weight, with nothing else to do: what the benchmark holds it to.
 void read(int64_t n, const int32_t* w, int32_t* sum) {
-  constexpr int64_t kWordsPerItem = 1 << 13;
+  constexpr int64_t kWordsPerItem = 1 << 13, kAhead = 1 << 11;  // hardware prefetchers stop at the end of a page
   *sum = 0;
   for_parts((n + kWordsPerItem - 1) / kWordsPerItem, [&](int64_t item) {
     const int64_t end = (item + 1) * kWordsPerItem < n ? (item + 1) * kWordsPerItem : n;
     vi vector[4] = {};
     int64_t i = item * kWordsPerItem;
     for (; i + 4 * W <= end; i += 4 * W)
-      for (int v = 0; v < 4; v++) vector[v] ^= load_words(w + i + v * W);
+      for (int v = 0; v < 4; v++) {
+        __builtin_prefetch(w + i + v * W + kAhead, 0, 2);
+        vector[v] ^= load_words(w + i + v * W);
+      }
     const vi folded = vector[0] ^ vector[1] ^ vector[2] ^ vector[3];
     int32_t word = 0;
     for (int lane = 0; lane < W; lane++) word ^= folded[lane];
