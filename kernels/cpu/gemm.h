@@ -2,14 +2,13 @@
 // are cut into tasks, never k.
 #pragma once
 
-#include "pairs.h"
+#include "few_rows.h"
 #include "parallel.h"
 
 namespace zerokl::ZEROKL_ISA {
 
 constexpr int kKC = 128;                  // steps of a panel block: kKC x kNR words stay in L1
 constexpr int64_t kChunkBytes = 1 << 19;  // packed rows of A that stay in L2
-constexpr int64_t kPanelsPerTask = 24;    // neighbours, so that what one panel prefetches is the thread's next
 
 // bf16 element (i, j) at data[i * row + j * col]; one of the strides is 1.
 struct Matrix {
@@ -19,7 +18,6 @@ struct Matrix {
 
 // What pack_lines writes, of lines that are neighbours in memory: element k of line i at data[k * stride + i].
 static void pack_columns(const uint16_t* data, int64_t stride, int lines, int64_t k0, int64_t k1, int width, int32_t* out) {
-  constexpr int kWords = 2 / kStep;
   for (int group = 0; group < width; group += W) {
     const int n = lines - group < W ? lines - group : W;
     const uint16_t* first = data + group;
@@ -113,10 +111,14 @@ static Chunk pack_chunk(const Matrix& a, int64_t first, int64_t rows, int64_t K)
   return chunk;
 }
 
-// out[tile][kMR][kNR] (+)= A[:, k0 : k1] B[k0 : k1, j : j + columns], in blocks of kKC steps
+// out[tile][kMR][kNR] (+)= A[:, k0 : k1] B[k0 : k1, j : j + columns], in blocks of kKC steps unless the rows are few
 static void run_chains(const Chunk& a, const Matrix& b, int64_t j, int columns, int64_t k0, int64_t k1, float* out, bool add,
                        const uint16_t*& coming) {
   const Flush flush;
+  if (a.rows <= kFewRows && b.row == 1) {
+    auto line = [&](int i) { return b.data + (j + (i < columns ? i : columns - 1)) * b.col; };  // the last again: not stored
+    return few_rows(int(a.rows), line, k0, k1, a.at(0, k0 / kStep), out, add, [&] { return coming += 2 * W; });
+  }
   int32_t* block = static_cast<int32_t*>(scratch(Slot::kPackB, size_t(kKC * kNR + W) * sizeof(int32_t)));
   for (int64_t k = k0; k < k1; k += kKC * kStep) {
     const int64_t end = k1 - k < kKC * kStep ? k1 : k + kKC * kStep;
@@ -134,7 +136,7 @@ static void run_chains(const Chunk& a, const Matrix& b, int64_t j, int columns, 
   chunk_rows = chunk_rows < 4 * kMR ? 4 * kMR : chunk_rows;
   for (int64_t first = 0; first < M; first += chunk_rows) {
     const Chunk chunk = pack_chunk(a, first, M - first < chunk_rows ? M - first : chunk_rows, K);
-    for_runs((N + kNR - 1) / kNR, kPanelsPerTask, [&](int64_t panel) {
+    for_parts((N + kNR - 1) / kNR, [&](int64_t panel) {
       const int64_t j = panel * kNR, sum = chunk.tiles * kMR * kNR;
       const int columns = N - j < kNR ? int(N - j) : kNR;
       const uint16_t* coming = b.data + (j + kNR) * b.col;

@@ -64,6 +64,7 @@ struct ScaledLinear {
   namespace zerokl::ISA {                                                                                                       \
   void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* w, const float* bias, void* y, bool y_bf16,   \
               int segments);                                                                                                    \
+  void read(int64_t n, const int32_t* w, int32_t* sum);                                                                         \
   void linear_dx(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* w, void* dx, bool dx_bf16, bool add);     \
   void linear_dw(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* x, float* dw);                            \
   void bias_grad(int64_t m, int64_t n, const uint16_t* dy, float* db);                                                          \

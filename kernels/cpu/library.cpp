@@ -25,6 +25,11 @@ void op_linear(const Tensor x, const Tensor w, const Optional bias, int64_t segm
   ZEROKL_CALL(linear, m, n, k, data<uint16_t>(x), data<uint16_t>(w), data<float>(bias), out, is_bf16(y), int(segments));
 }
 
+void op_read(const Tensor w, const Tensor sum) {
+  STD_TORCH_CHECK(w.numel() % 2 == 0 && sum.numel() == 1, "zerokl::read: w must be whole words, sum one");
+  ZEROKL_CALL(read, w.numel() / 2, reinterpret_cast<const int32_t*>(data<uint16_t>(w)), data<int32_t>(sum));
+}
+
 void op_linear_dx(const Tensor dy, const Tensor w, const Tensor dx) {
   const int64_t n = w.size(0), k = w.size(1), m = dy.numel() / n;
   STD_TORCH_CHECK(dx.numel() == m * k, "zerokl::linear_dx: dx has the wrong size");
@@ -340,6 +345,7 @@ int64_t op_set_isa(int64_t wanted) {
 
 STABLE_TORCH_LIBRARY(zerokl, m) {
   m.def("linear(Tensor x, Tensor w, Tensor? bias, int segments, Tensor(a!) y) -> ()");
+  m.def("read(Tensor w, Tensor(a!) sum) -> ()");
   m.def("linear_dx(Tensor dy, Tensor w, Tensor(a!) dx) -> ()");
   m.def("linear_dw(Tensor dy, Tensor x, Tensor(a!) dw) -> ()");
   m.def("bias_grad(Tensor dy, Tensor(a!) db) -> ()");
@@ -371,6 +377,7 @@ STABLE_TORCH_LIBRARY(zerokl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(zerokl, CPU, m) {
   m.impl("linear", TORCH_BOX(&op_linear));
+  m.impl("read", TORCH_BOX(&op_read));
   m.impl("linear_dx", TORCH_BOX(&op_linear_dx));
   m.impl("linear_dw", TORCH_BOX(&op_linear_dw));
   m.impl("bias_grad", TORCH_BOX(&op_bias_grad));

@@ -8,6 +8,28 @@ void linear(int64_t m, int64_t n, int64_t k, const uint16_t* x, const uint16_t* 
   gemm(m, n, k, {x, k, 1}, {w, 1, k}, {y, y_bf16, n, bias, false}, segments);
 }
 
+// *sum = the words of w, n of them, combined by exclusive or. On the same threads, in the same order and as often as
+// `linear` reads a weight, with nothing else to do: what the benchmark holds it to.
+void read(int64_t n, const int32_t* w, int32_t* sum) {
+  constexpr int64_t kWordsPerItem = 1 << 13, kAhead = 1 << 11;  // hardware prefetchers stop at the end of a page
+  *sum = 0;
+  for_parts((n + kWordsPerItem - 1) / kWordsPerItem, [&](int64_t item) {
+    const int64_t end = (item + 1) * kWordsPerItem < n ? (item + 1) * kWordsPerItem : n;
+    vi vector[4] = {};
+    int64_t i = item * kWordsPerItem;
+    for (; i + 4 * W <= end; i += 4 * W)
+      for (int v = 0; v < 4; v++) {
+        __builtin_prefetch(w + i + v * W + kAhead, 0, 2);
+        vector[v] ^= load_words(w + i + v * W);
+      }
+    const vi folded = vector[0] ^ vector[1] ^ vector[2] ^ vector[3];
+    int32_t word = 0;
+    for (int lane = 0; lane < W; lane++) word ^= folded[lane];
+    for (; i < end; i++) word ^= w[i];
+    __atomic_fetch_xor(sum, word, __ATOMIC_RELAXED);
+  });
+}
+
 // dx[m, k] = dy[m, n] w[n, k], chain over ascending n
 void linear_dx(int64_t m, int64_t n, int64_t k, const uint16_t* dy, const uint16_t* w, void* dx, bool dx_bf16, bool add) {
   gemm(m, k, n, {dy, n, 1}, {w, k, 1}, {dx, dx_bf16, k, nullptr, add});

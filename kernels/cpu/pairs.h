@@ -13,6 +13,7 @@ constexpr int kStep = 2;  // a word holds k and k + 1
 #else
 constexpr int kStep = 1;  // a word holds k widened; pairs lie odd k first
 #endif
+constexpr int kWords = 2 / kStep;  // steps of a pair
 
 // K zero-padded to whole pairs.
 ZK_INLINE int64_t steps_of(int64_t K) { return (K + 1) / 2 * 2 / kStep; }
@@ -74,15 +75,18 @@ ZK_INLINE void chains(int rows, int64_t steps, const int32_t* a, int64_t a_step,
 #undef ZK_CASE
 }
 
-// Writes the pair of words (k, k + 1) that `pair` holds for W neighbours to out, `width` words a step.
-ZK_INLINE void store_pair(vi pair, int32_t* out, int width) {
+// Word s of the kWords that hold the pair (k, k + 1), for W neighbours.
+ZK_INLINE vi word_of(vi pair, [[maybe_unused]] int s) {
 #if defined(__AVX512BF16__)
-  (void)width;
-  store_words(out, pair);
+  return pair;
 #else
-  store_words(out, pair & int32_t(0xffff0000));
-  store_words(out + width, pair << 16);
+  return s == 0 ? pair & int32_t(0xffff0000) : pair << 16;
 #endif
+}
+
+// Writes the pair to out, `width` words a step.
+ZK_INLINE void store_pair(vi pair, int32_t* out, int width) {
+  for (int s = 0; s < kWords; s++) store_words(out + s * width, word_of(pair, s));
 }
 
 // W pairs from k on of a line that is contiguous along k and ends at `end`; zero past it.
@@ -98,7 +102,6 @@ ZK_INLINE vi load_pairs(const uint16_t* line, int64_t k, int64_t end) {
 // after it. coming(), if given, names what to prefetch: called once per W words read.
 template <class Line, class Coming = int>
 static void pack_lines(Line line, int lines, int64_t k0, int64_t k1, int width, int32_t* out, [[maybe_unused]] Coming coming = 0) {
-  constexpr int kWords = 2 / kStep;  // steps of a pair
   for (int group = 0; group < width; group += W) {
     const int n = lines - group < W ? lines - group : W;
     int32_t* to = out + group;

@@ -11,12 +11,19 @@ static void parallel_for(int64_t tasks, F f) {
   parallel(tasks, [](int64_t task, void* context) { (*static_cast<F*>(context))(task); }, &f);
 }
 
-// item(i) for every i, neighbours in one task where there are enough for three tasks a thread, at most `longest` of them.
+constexpr int64_t kMostParts = 64;  // more threads than that share parts
+
+// item(i) for every i. Each thread walks a part of its own in ascending order, as memory is read best, then helps others.
 template <class Item>
-static void for_runs(int64_t items, int64_t longest, Item item) {
-  const int64_t even = items / (3 * threads()), run = even < 1 ? 1 : even < longest ? even : longest;
-  parallel_for((items + run - 1) / run, [&](int64_t task) {
-    for (int64_t i = task * run; i < (task + 1) * run && i < items; i++) item(i);
+static void for_parts(int64_t items, Item item) {
+  struct alignas(64) Part { int64_t next, end; } part[kMostParts];
+  const int64_t workers = threads() < items ? threads() : items, parts = workers < kMostParts ? workers : kMostParts;
+  for (int64_t p = 0; p < parts; p++) part[p] = {items * p / parts, items * (p + 1) / parts};
+  parallel_for(workers, [&](int64_t worker) {
+    for (int64_t p = 0; p < parts; p++) {
+      Part& from = part[(worker + p) % parts];
+      for (int64_t i; (i = __atomic_fetch_add(&from.next, 1, __ATOMIC_RELAXED)) < from.end;) item(i);
+    }
   });
 }
 

@@ -84,7 +84,7 @@ def test_fma_reference_rounds_once():
 
 @drawn
 @given(
-    m=st.sampled_from([1, 2, 3, 11, 12, 13, 17, 49, 65]),
+    m=st.sampled_from([1, 2, 3, 4, 11, 12, 13, 17, 49, 65]),
     n=st.integers(1, 70),
     k=st.integers(1, 150),
     kind=KIND,
@@ -104,6 +104,24 @@ def test_linear(isa, m, n, k, kind, bias, fp32):
     assert_same_bits(w.main_grad, dw, "dw")
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
+def test_linear_few_rows(isa, m):
+    """Up to four rows have a kernel of their own: panels and blocks of k that are whole, and their ends."""
+    for n, k in ((70, 101), (64, 64), (3, 2)):
+        x, w, b = hashed(m, k, seed=4, kind="cancel"), hashed(n, k, seed=5, kind="wide"), hashed(n, seed=6)
+        y = kernels.linear(x, w, b, out_dtype=torch.float32)
+        assert_same_bits(y, ref_linear.linear(f32(x), f32(w), f32(b), round_output=False), f"y, {n} x {k}")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 333])
+def test_read_reads_every_word_once(isa, threads, rows):
+    w, word = hashed(rows, 3 * 34, seed=4), torch.empty(1, dtype=torch.int32)
+    torch.set_num_threads(threads)
+    ops.read(w, word)
+    assert int(word) == np.bitwise_xor.reduce(w.view(torch.int32).numpy(), axis=None)
+
+
 @pytest.mark.parametrize("m", [129, 257, 2049])
 def test_linear_many_rows(isa, m):
     x, w = hashed(m, 40, seed=4, kind="cancel"), hashed(37, 40, seed=5)
@@ -111,7 +129,7 @@ def test_linear_many_rows(isa, m):
 
 
 @pytest.mark.parametrize("segments", [1, 2, 4, 8])
-@pytest.mark.parametrize("m", [1, 7, 40])
+@pytest.mark.parametrize("m", [1, 4, 7, 40])
 def test_linear_segments(isa, m, segments):
     x, w = hashed(m, 8 * 38, seed=6, kind="cancel"), hashed(45, 8 * 38, seed=7)
     y = kernels.linear(x, w, segments=segments, out_dtype=torch.float32)

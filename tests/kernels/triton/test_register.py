@@ -15,7 +15,7 @@ from zerokl import kernels
 from zerokl.kernels.triton import KERNELS, check_capability, quantized_linear, register
 
 CPU_ONLY = {
-    "cast_e4m3", "exp2", "log2", "matrix_step", "set_isa",
+    "cast_e4m3", "exp2", "log2", "matrix_step", "read", "set_isa",
 }  # fmt: skip
 
 
