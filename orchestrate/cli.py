@@ -198,7 +198,7 @@ def plan(
     ] = "",
     rollout: Annotated[str, typer.Option(help="SGLang's sizes: tp, ep, engines, mlp_tp.")] = "",
     wire: Annotated[
-        str, typer.Option(help="What travels: bf16, fp8_block, mxfp8, int4_group32, int4_group128.")
+        str, typer.Option(help="What travels: bf16, fp8_block[_hopper|_blackwell], mxfp8, int4_group32, int4_group128.")
     ] = "bf16",
     links: Annotated[str, typer.Option(help="GB/s per direction, e.g. nic=50,nvlink=450 (docs/weightsync.md).")] = "",
     speed: Annotated[list[str] | None, typer.Option(help="transport=GB/s, e.g. ipc=10; may be repeated.")] = None,
