@@ -136,14 +136,15 @@ def test_linear_segments(isa, m, segments):
     assert_same_bits(y, ref_linear.linear(f32(x), f32(w), segments=segments, round_output=False), "y")
 
 
-def test_linear_main_grad_continues_the_chain(isa):
+@pytest.mark.parametrize(("n", "k"), [(20, 33), (3, 1)])
+def test_linear_main_grad_continues_the_chain(isa, n, k):
     """Two micro-batches into main_grad equal one batch: a chain cut between pairs of tokens keeps its bits."""
-    x, w = hashed(50, 33, seed=8), torch.nn.Parameter(hashed(20, 33, seed=9))
-    w.main_grad = torch.zeros(20, 33)
-    dy = hashed(50, 20, seed=10)
+    x, w = hashed(50, k, seed=8), torch.nn.Parameter(hashed(n, k, seed=9))
+    w.main_grad = torch.zeros(n, k)
+    dy = hashed(50, n, seed=10)
     for part in (slice(0, 14), slice(14, 50)):
         kernels.linear(x[part], w).backward(dy[part])
-    _, expected = ref_linear.linear_backward(f32(x), f32(w), f32(dy), np.zeros((20, 33), np.float32))
+    _, expected = ref_linear.linear_backward(f32(x), f32(w), f32(dy), np.zeros((n, k), np.float32))
     assert_same_bits(w.main_grad, expected, "main_grad")
     assert w.grad_added_to_main_grad
 
