@@ -289,11 +289,23 @@ def test_value_gradients_add_queries_in_order():
     """64 equal scores: weights are 2^-6 exactly, so the order over tiles of (query, head) decides every bit of dv."""
     q, k, v = torch.zeros(64, 2, 16).bfloat16(), hashed(64, 1, 16, seed=2), hashed(64, 1, 16, seed=3)
     out, lse = _attention(q, k, v, [0, 64], 0.2, causal=False)
-    dout = hashed(64, 2, 16, seed=4, kind="wide")
-    dout[40:42] = -dout[38:40]  # what was added before loses its low bits
+    dout = hashed(64, 2, 16, seed=4)
+    dout[40] *= 2.0**22
+    dout[41] = -dout[40]  # what was added before loses its low bits
     _, _, dv = _attention_gradients(q, k, v, [0, 64], out, lse, dout, 0.2, causal=False)
     expected = arith.bf16(arith.chain(np.full((1, 128), 2.0**-6, np.float32), f32(dout).reshape(128, 16)))
     assert_same_bits(dv[:, 0], np.broadcast_to(expected, (64, 16)), "dv")
+
+
+def test_query_gradients_add_keys_in_order():
+    """128 equal scores and D = 0: the weights of dq are powers of two, so the order over keys decides every bit."""
+    q, k, v = torch.zeros(128, 1, 16).bfloat16(), hashed(128, 1, 16, seed=2), torch.zeros(128, 1, 16).bfloat16()
+    v[::2, 0, 0], v[1::2, 0, 0] = 1.0, -1.0
+    v[20, 0, 0], v[21, 0, 0], k[21] = 2.0**20, -(2.0**20), k[20]  # what was added before loses its low bits
+    out, lse = _attention(q, k, v, [0, 128], 0.5, causal=False)
+    dq, _, _ = _attention_gradients(q, k, v, [0, 128], out, lse, torch.ones_like(q), 0.5, causal=False)
+    expected = arith.bf16(arith.chain(f32(v[None, :, 0, 0]) * np.float32(2.0**-8), f32(k[:, 0])))
+    assert_same_bits(dq[:, 0], np.broadcast_to(expected, (128, 16)), "dq")
 
 
 def test_attention_backward_beside_nan():
