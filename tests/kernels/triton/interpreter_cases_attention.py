@@ -328,3 +328,17 @@ def test_attention_backward_beside_nan():
             # a query's NaN reaches the keys it sees, none behind it
             assert_same_bits(dk[13:], clean[1][13:], "later keys")
             assert dv[:13].isnan().all()
+
+
+def test_a_nan_in_the_second_tile_leaves_the_first_ones_queries_alone():
+    cu = [0, 66, 69]
+    q, k, v, dout = (hashed(69, 1, 16, seed=seed) for seed in (1, 2, 3, 4))
+    out, lse = _attention(q, k, v, cu, 0.2)
+    clean = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2)
+    dout[65] = NAN
+    dq, dk, dv = _attention_gradients(q, k, v, cu, out, lse, dout, 0.2)
+    assert_same_bits(dq[:65], clean[0][:65], "earlier queries")
+    for got, expected in zip((dq, dk, dv), clean, strict=True):
+        assert_same_bits(got[66:], expected[66:], "the other sequence")
+    assert dk[:66].isnan().all()
+    assert dv[:66].isnan().all()
