@@ -9,7 +9,7 @@ EXTENSION := kernels/_C.so
 OPINIONS := $(VENV)/second-opinion/.installed
 MODEL := models/smollm2-135m/config.json
 
-.PHONY: install demo test test-kernels test-engines lint sanitize verify-matrix fault-table bench gpu-regression clean
+.PHONY: install demo test test-parts test-whole lint sanitize verify-matrix fault-table bench gpu-regression clean
 install: $(EXTENSION) $(MODEL)
 
 $(BIN)/python:
@@ -37,16 +37,16 @@ $(MODEL): | $(EXTENSION)
 demo: install
 	$(BIN)/zerokl train recipes/demo.toml
 
-# kernels beside engines: the first keep one core busy, the others wait for processes a good part of their time
+# two halves beside each other: the second waits for processes it starts a good part of its time
 test: install $(OPINIONS) lint
-	$(MAKE) --jobs=2 --output-sync=target test-kernels test-engines
+	$(MAKE) --jobs=2 --output-sync=target test-parts test-whole
 
-KERNEL_TESTS := tests/kernels tests/bench
-test-kernels: sanitize
-	$(BIN)/python -m pytest --durations=25 $(KERNEL_TESTS)
+WHOLE := tests/e2e tests/orchestrate tests/weightsync
+test-parts: sanitize
+	$(BIN)/python -m pytest --durations=25 tests $(WHOLE:%=--ignore=%)
 
-test-engines: install
-	$(BIN)/python -m pytest --durations=25 tests $(KERNEL_TESTS:%=--ignore=%)
+test-whole: install
+	$(BIN)/python -m pytest --durations=25 $(WHOLE)
 
 lint: $(EXTENSION)
 	$(BIN)/ruff check --quiet

@@ -178,7 +178,7 @@ class SyncRuns:
     def _until_idle(self) -> None:
         """An aborted attempt may still be undone when the coordinator has given up on it."""
         deadline = time.monotonic() + _SETTLE_S
-        while self.engine.state() not in ("idle", "quarantined"):
+        while not set(self.engine.state().split(", ")) <= {"idle", "quarantined"}:  # of each of its ranks
             if time.monotonic() > deadline:
                 raise RunError(f"the engine is still in state {self.engine.state()} after {_SETTLE_S:g} s")
             time.sleep(0.05)

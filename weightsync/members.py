@@ -178,12 +178,15 @@ class _Member:
             _reply(connection, future.result())
             return
         self.last_error = f"{type(error).__name__}: {error}"
-        self._roll_back()
         cause = str(error) if isinstance(error, WeightSyncError) else self.last_error
-        _reply(connection, m.Failed(job.attempt, m.shortened(cause)))
+        _reply(connection, m.Failed(job.attempt, m.shortened(cause)))  # before others fail for what is undone here
+        self._roll_back()
 
     def _coordinator_gone(self) -> None:
-        if self.machine.state is State.COMMITTED:  # the others may serve either version by now
+        if self.machine.resuming and self._running is not None and self._running.exception() is None:  # waits
+            self._running = None
+            self.machine.done()
+        elif self.machine.state is State.COMMITTED:  # the others may serve either version by now
             self._stop_worker()
             self.machine.quarantine()
         else:

@@ -69,6 +69,11 @@ class Participant:
         """Whether a silent coordinator counts as gone. Not after COMMIT: it may have decided either way."""
         return self.state not in (State.IDLE, State.QUARANTINED, State.COMMITTED)
 
+    @property
+    def resuming(self) -> bool:
+        """Whether RESUME has come: all have the new version, so the coordinator is needed no more."""
+        return self.state is State.COMMITTED and self._next[0] is Effect.RESUME
+
     def receive(self, order: m.Message) -> Effect:
         """What to do about an order. REFUSE: answer `refusal` and change nothing."""
         if isinstance(order, m.Plan) and self.state in (State.IDLE, State.QUARANTINED):

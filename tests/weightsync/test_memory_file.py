@@ -16,6 +16,7 @@ from parties import MODEL, ONE_ENGINE, Parties, engine_buffers
 from test_link_faults import Stale
 
 from zerokl.orchestrate.damage import DamagingSource
+from zerokl.weightsync.ends import Ends
 from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports import ipc
@@ -177,7 +178,7 @@ def test_an_engine_that_was_replaced_keeps_its_bytes_for_ever(start):
     for version in range(2):
         assert run.sync(f"v{version}", seed=version).committed
     lost = dict(run.engines[1].buffers)  # as of a process that is stopped or cut off, and goes on serving
-    run.receivers[1]._transport = ipc.IpcTarget()
+    run.receivers[1]._ends = Ends.only(ipc.IpcTarget())
     for version in range(2, 6):
         assert run.sync(f"v{version}", seed=version).committed
         assert run.all_hold(version)
