@@ -173,3 +173,7 @@ def name_of(*, source: bool, rank: int) -> str:
 def shortened(cause: object) -> str:
     """A cause that fits into a message."""
     return str(cause)[:CAUSE_LENGTH]
+
+
+# msgspec learns a type when it first decodes it, and has crashed where two threads were first at once: so here, in one
+_KNOWN = [msgspec.msgpack.Decoder(kind) for kind in (Order, Answer, *Message.__subclasses__()) if kind is not InAttempt]

@@ -138,6 +138,8 @@ class Coordinator:
         if self.phase is Phase.IDLE or getattr(message, "attempt", None) != self.attempt:
             return []  # the late answer of an attempt that is over
         if self.phase is Phase.ABORT and not isinstance(message, m.Aborted):
+            if isinstance(message, m.Failed):  # who fails because of another may have been heard before it
+                self.outcome.cause += f"; {peer}: {message.cause}"
             return []  # it crossed the order to abort, which is answered too
         if isinstance(message, m.Failed):
             return self._fail(peer, f"{peer}: {message.cause}", now)

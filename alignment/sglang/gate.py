@@ -119,16 +119,21 @@ class Gate:
 
     def _agreed(self, wish: bool) -> bool:
         """Whether every rank of the engine has the wish, at this same step."""
+        return not self._on_any_rank(not wish)
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        """Whether it is set on any rank of the engine; all of them ask at the same step."""
         group = self._scheduler.tp_group
         if group.world_size == 1:
-            return wish
-        found = torch.tensor([int(wish)])
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+            return flag
+        found = torch.tensor([int(flag)])
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
         return bool(found)
 
     def _stop(self) -> None:
         scheduler = self._scheduler
-        if self._in_flight == "abort" and not scheduler.is_fully_idle():
+        # asked of all ranks: one that stopped without the others would wait for them, and they for it
+        if self._on_any_rank(self._in_flight == "abort" and not scheduler.is_fully_idle()):
             scheduler.abort_request(AbortReq(abort_all=True))  # they end with the next step; then the scheduler stops
             self._ring()  # and does not sleep before
             return

@@ -210,10 +210,10 @@ def test_a_copy_outside_of_its_memory_is_refused(offset, pitch, rows):
 @pytest.mark.parametrize(
     ("damage", "cause", "witness"),
     [
-        ("flipped bit", r"rollout-\d: tensor '(.*)' from trainer-0", r"bit 0 of (.*)"),
-        ("missing chunk", r"rollout-\d: tensor '(.*)' from trainer-0", r"\d+ bytes of (.*)"),
+        ("flipped bit", r"rollout-\d: tensor '(.*?)' from trainer-0", r"bit 0 of (.*)"),
+        ("missing chunk", r"rollout-\d: tensor '(.*?)' from trainer-0", r"\d+ bytes of (.*)"),
         ("source error", "planted: (the trainer cannot read its weights)", "raised before the first byte"),
-        ("full memory", r"cannot export \d+ bytes of weights: (.*)", "the kernel: (.*)"),
+        ("full memory", r"cannot export \d+ bytes of weights: ([^;]*)", "the kernel: (.*)"),
     ],
 )
 def test_every_damage_that_can_be_planted_is_found(tmp_path, damage, cause, witness):

@@ -227,6 +227,15 @@ def test_a_wrong_answer_aborts(phase, reply, cause):
     assert c.outcome.cause.startswith(cause)
 
 
+def test_who_fails_while_others_are_told_to_abort_is_named_too():
+    """A receiver that lost its sender may be heard before the sender says why."""
+    c = coordinator()
+    drive(c, Phase.TRANSFER)
+    c.receive("rollout-0", m.Failed(bytes(16), "cut off"), 1.0)
+    assert c.receive(SOURCES[0], m.Failed(bytes(16), "no memory"), 1.0) == []
+    assert (c.phase, c.outcome.cause) == (Phase.ABORT, f"rollout-0: cut off; {SOURCES[0]}: no memory")
+
+
 def test_answers_of_another_attempt_are_ignored():
     c = coordinator()
     drive(c, Phase.VERIFY)

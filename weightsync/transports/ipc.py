@@ -371,3 +371,6 @@ def _parse(data: bytes, kind: type[T]) -> T:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TransferError(f"not an ipc endpoint: {error}") from error
+
+
+_KNOWN = [msgspec.msgpack.Decoder(kind) for kind in (Export, Holding)]  # before threads decode them (`messages`)

@@ -276,3 +276,6 @@ def _numbers(counts: np.ndarray) -> np.ndarray:
 def _notice(attempt: bytes, rank: int) -> bytes:
     """What a sender's last write says to its receiver."""
     return attempt + b"%d" % rank
+
+
+_KNOWN = [msgspec.msgpack.Decoder(kind) for kind in (Registered,)]  # before threads decode them (`messages`)
