@@ -177,7 +177,6 @@ class RdmaTarget:
         self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
         self._given = self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
-        self._notices: set[bytes] = set()
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
         self._agent = self._agent or _Agent(self._devices)
