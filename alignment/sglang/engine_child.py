@@ -54,6 +54,7 @@ def main(fd: int) -> None:
     """Start the engine the first message describes, then serve commands until the owner closes the connection."""
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
+    os.register_at_fork(after_in_child=sock.close)  # or the owner would not see this process end
     connection: protocol.Connection[protocol.Command] = protocol.Connection(sock, protocol.Command)
     start = connection.receive()
     if not isinstance(start, protocol.Start):
@@ -102,11 +103,10 @@ class _Server:
             cpu_shims.activate()
         model = inspect_model(config.model_path, config.architecture)
         _skip_unused_models(model.architecture.sglang_module)
-        import sglang
 
         self.config = config
         self.capture = model.router if config.capture_experts else None
-        self.engine = sglang.Engine(**_server_args(config, on_cpu=not torch.cuda.is_available()))
+        self.engine = _engine_class()(**_server_args(config, on_cpu=not torch.cuda.is_available()))
         self._warm_up()
         reports = None if config.stock else self._reports()
         self.manifest = {
@@ -221,6 +221,18 @@ class _Server:
             if "error" in result:
                 raise EngineError(result["error"])
         return [result["result"] for result in results]
+
+
+def _engine_class() -> Callable[..., Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        import sglang
+
+        return sglang.Engine
+    from zerokl.alignment.sglang.forked_engine import ForkedEngine
+
+    return ForkedEngine
 
 
 def _require(call: str, outcome: tuple[bool, str]) -> None:
