@@ -1,4 +1,4 @@
-"""One rank of `bench/layouts.py`: ``python layout_ranks.py DEVICE FOLDER RANKS ONLY RANK``."""
+"""The ranks of `bench/layouts.py`, forked from one process that has imported all: ``DEVICE FOLDER RANKS ONLY``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.multiprocessing import start_processes
 
 from zerokl.alignment.megatron import distributed
 from zerokl.alignment.megatron.convert import hf_dtype, hf_shapes
@@ -289,7 +290,7 @@ def compare(outcome: Outcome, reference: Outcome, every: Callable[[float], list[
     }
 
 
-def main(device: str, folder: Path, ranks: int, only: str, rank: int) -> None:
+def main(rank: int, device: str, folder: Path, ranks: int, only: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -323,4 +324,5 @@ def main(device: str, folder: Path, ranks: int, only: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    device, folder, ranks, only = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    start_processes(main, (device, folder, ranks, only), nprocs=ranks, start_method="fork")

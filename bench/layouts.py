@@ -9,8 +9,10 @@ Exits with 1 if a token of any layout differs, or none where the order of additi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,23 +51,19 @@ def run(device: str, timeout_s: float, only: str = "") -> list[dict[str, Any]]:
         # -P: without it the script's folder would come first on sys.path, and with it names like `kernels`
         worker = Path(__file__).with_name("layout_ranks.py")
         command = [sys.executable, "-P", "-W", "ignore", str(worker), device, folder, str(RANKS), only]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        logs = [Path(folder) / f"{rank}.log" for rank in range(RANKS)]
-        processes = []
-        for rank, log in enumerate(logs):
-            with log.open("w") as out:
-                processes.append(
-                    subprocess.Popen([*command, str(rank)], env=environment, stdout=out, stderr=subprocess.STDOUT)
-                )
+        # a session of its own, to end every rank with it
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
         try:
-            codes = [process.wait(timeout_s) for process in processes]
+            output, _ = process.communicate(timeout=timeout_s)
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        for rank, code in enumerate(codes):
-            if code:
-                raise RuntimeError(f"rank {rank} ended with {code}:\n{logs[rank].read_text()[-3000:]}")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            raise RuntimeError(f"the ranks ended with {process.returncode}:\n{output[-3000:]}")
         return json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8"))
 
 

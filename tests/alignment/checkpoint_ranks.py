@@ -1,4 +1,4 @@
-"""One of two processes: `python checkpoint_ranks.py RANK MODEL FOLDER`.
+"""Two ranks, forked from one process: `python checkpoint_ranks.py MODEL FOLDER`.
 
 `exchange`: cuts the model for a layout of both processes, writes Megatron's distributed checkpoint, and reads it in
 other layouts; what it got lies in FOLDER/LAYOUT-RANK.safetensors. `resume`: continues a run that one process saved.
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.multiprocessing import start_processes
 
 from zerokl import kernels
 from zerokl.alignment.megatron import distributed, sharded_checkpoint
@@ -120,4 +121,4 @@ def main(rank: int, model: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    start_processes(main, (Path(sys.argv[1]), Path(sys.argv[2])), nprocs=2, start_method="fork")

@@ -1,4 +1,4 @@
-"""Run in processes of their own: `python collective_ranks.py RANK RANKS FOLDER`. Tensor parallelism over gloo."""
+"""Ranks forked from a process of their own: `python collective_ranks.py RANKS FOLDER`. Tensor parallelism over gloo."""
 
 import sys
 from datetime import timedelta
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from data import hashed
+from torch.multiprocessing import start_processes
 
 from zerokl import kernels
 
@@ -83,4 +84,5 @@ def main(rank: int, ranks: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
+    start_processes(main, (ranks, folder), nprocs=ranks, start_method="fork")

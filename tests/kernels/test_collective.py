@@ -20,17 +20,12 @@ SCRIPT = Path(__file__).with_name("collective_ranks.py")
 def ranks(request, tmp_path_factory):
     """What every rank got, in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-P", str(SCRIPT)]
     # the script's own folder holds its data module; the package is the one under test here
     path = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    processes = [
-        subprocess.Popen([*command, str(r), str(request.param), str(folder)], env=environment, stderr=subprocess.PIPE)
-        for r in range(request.param)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    command = [sys.executable, "-P", str(SCRIPT), str(request.param), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     return [np.load(folder / f"{r}.npz") for r in range(request.param)]
 
 
