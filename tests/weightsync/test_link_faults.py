@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import socket
+import stat
 import threading
 import time
 from dataclasses import replace
@@ -74,11 +75,14 @@ def cut_tcp() -> int:
     """Shut down every TCP connection of this process; how many."""
     cut = 0
     for entry in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry))) as found:
-            if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM:
-                found.getpeername()
-                found.shutdown(socket.SHUT_RDWR)
-                cut += 1
+        with contextlib.suppress(OSError):  # closed meanwhile, or no connection
+            if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(entry))) as found:
+                if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM:
+                    found.getpeername()
+                    found.shutdown(socket.SHUT_RDWR)
+                    cut += 1
     return cut
 
 

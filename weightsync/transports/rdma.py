@@ -23,16 +23,12 @@ from zerokl.weightsync.layout import Typed
 from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.plan import Batch, Copy
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
-from zerokl.weightsync.transports.copies import THREADS
 
 PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
 _PIECE = 4 << 20
 """Bytes of one descriptor at most: NIXL's threads each take descriptors, not bytes."""
-_AT_ONCE = 16
-"""Descriptors that one of NIXL's threads takes at a time."""
-
 
 _Places = frozenset[tuple[int, int]]
 """(address, bytes) of the buffers of one set."""
@@ -58,8 +54,9 @@ class _Agent:
         # without a thread of its own: both sides poll while they transfer, and an idle engine needs its cores
         settings = api.nixl_agent_config(enable_prog_thread=False, backends=[])
         self.api: Any = api.nixl_agent(secrets.token_hex(16), settings)
-        shared = {"num_threads": str(THREADS), "split_batch_size": str(_AT_ONCE)}
-        self.api.create_backend(_BACKEND, {"ucx_devices": devices} | shared)
+        # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on, on
+        # endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
+        self.api.create_backend(_BACKEND, {"ucx_devices": devices})
         bindings = importlib.import_module(f"{package}._bindings")
         classes = [
             value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
