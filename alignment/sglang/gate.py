@@ -1,7 +1,8 @@
 """Stopping SGLang's scheduler between two steps, for a change of its weights, and starting it again.
 
 Another thread asks; everything happens on the scheduler's own thread, at the top of its loop. Ranks of one engine stop
-and start at the same step: they agree on it by a reduction, as their steps hold collectives.
+and start at the same step, as their steps hold collectives: they reduce their wishes there. They stop as soon as one
+wishes it, and go on when none does any more. So a rank that gave up a transfer leaves no other waiting for a stop.
 
 What becomes of requests that are being answered when the engine stops:
 
@@ -32,6 +33,8 @@ _TIMEOUT_S = 20.0
 """How long another thread waits for the scheduler: a step of it, or the other ranks of the engine."""
 _PAUSED_POLL_S = 0.005
 _MARK = "|zerokl:"
+_MODES = ("", "abort", "retract", "continue")
+"""Wishes: not to stop, or to stop and what becomes of requests then. The ranks' wishes for one stop are the same."""
 
 
 class Gate:
@@ -41,7 +44,7 @@ class Gate:
         self._started, self._in_flight = started, "abort"
         self._scheduler: Any = None
         self._version: str | None = None
-        self._wanted = self._paused = False  # the first is set by the other thread, the second by the scheduler's
+        self._wish, self._paused = "", False  # the first is set by the other thread, the second by the scheduler's
         self._changed = threading.Condition()
         self._actions: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -61,8 +64,8 @@ class Gate:
     def pause(self, in_flight: str) -> None:
         """Ask the scheduler to stop before one of its next steps; does not wait. ``in_flight``: abort, retract or
         continue."""
-        self._in_flight = in_flight
-        self._want(paused=True)
+        self._wish = in_flight
+        self._ring()
 
     def run(self, action: Callable[[], None]) -> None:
         """Wait until the scheduler has stopped, then have it call ``action`` inside its weight-update window and drop
@@ -81,12 +84,9 @@ class Gate:
     def resume(self, version: str) -> None:
         """Go on, with ``version`` as the weights of all tokens from here on; waits for it."""
         self._version = version
-        self._want(paused=False)
-        self._until(paused=False)
-
-    def _want(self, *, paused: bool) -> None:
-        self._wanted = paused
+        self._wish = ""
         self._ring()
+        self._until(paused=False)
 
     def _ring(self) -> None:
         os.eventfd_write(self._bell, 1)
@@ -109,35 +109,30 @@ class Gate:
             select.select([self._bell], [], [], _PAUSED_POLL_S)  # or a stopped scheduler spins
         if select.select([self._bell], [], [], 0)[0]:
             os.eventfd_read(self._bell)
-        wish = self._wanted != self._paused
-        if self._agreed(wish):
-            self._go_on() if self._paused else self._stop()
-        elif wish:
-            self._ring()  # or an idle scheduler sleeps until the other ranks have the wish, too
+        wish = _MODES[self._largest(_MODES.index(self._wish))]
+        if bool(wish) != self._paused:
+            self._stop(wish) if wish else self._go_on()
         while self._paused and not self._actions.empty():
             self._change(*self._actions.get())
 
-    def _agreed(self, wish: bool) -> bool:
-        """Whether every rank of the engine has the wish, at this same step."""
-        return not self._on_any_rank(not wish)
-
-    def _on_any_rank(self, flag: bool) -> bool:
-        """Whether it is set on any rank of the engine; all of them ask at the same step."""
+    def _largest(self, number: int) -> int:
+        """Of the numbers of all ranks of the engine, which ask at the same step."""
         group = self._scheduler.tp_group
         if group.world_size == 1:
-            return flag
-        found = torch.tensor([int(flag)])
+            return number
+        found = torch.tensor([number])
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
-        return bool(found)
+        return int(found)
 
-    def _stop(self) -> None:
+    def _stop(self, in_flight: str) -> None:
         scheduler = self._scheduler
         # asked of all ranks: one that stopped without the others would wait for them, and they for it
-        if self._on_any_rank(self._in_flight == "abort" and not scheduler.is_fully_idle()):
+        if in_flight == "abort" and self._largest(int(not scheduler.is_fully_idle())):
             scheduler.abort_request(AbortReq(abort_all=True))  # they end with the next step; then the scheduler stops
             self._ring()  # and does not sleep before
             return
-        mode = "retract" if self._in_flight == "retract" else "in_place"
+        self._in_flight = in_flight
+        mode = "retract" if in_flight == "retract" else "in_place"
         scheduler.pause_generation(PauseGenerationReqInput(mode=mode))
         self._set(paused=True)
 
