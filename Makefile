@@ -37,16 +37,15 @@ $(MODEL): | $(EXTENSION)
 demo: install
 	$(BIN)/zerokl train recipes/demo.toml
 
-# two halves beside each other: the second waits for processes it starts a good part of its time
+# two halves beside each other, of about the same length
 test: install $(OPINIONS) lint
 	$(MAKE) --jobs=2 --output-sync=target test-parts test-whole
 
-WHOLE := tests/e2e tests/orchestrate tests/weightsync
 test-parts: sanitize
-	$(BIN)/python -m pytest --durations=25 tests $(WHOLE:%=--ignore=%)
+	$(BIN)/python -m pytest --durations=25 tests --ignore=tests/e2e
 
 test-whole: install
-	$(BIN)/python -m pytest --durations=25 $(WHOLE)
+	$(BIN)/python -m pytest --durations=25 tests/e2e
 
 lint: $(EXTENSION)
 	$(BIN)/ruff check --quiet
