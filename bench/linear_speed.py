@@ -2,7 +2,8 @@
 
 Goals on a CPU: at M >= 256 at least 85% of torch's fp32 throughput, at M = 1 at least 80% of torch's bf16 one. At
 M <= 4 the weight's bytes are the cost: "of reads" is the time that a call takes which reads the same weights, as cold,
-with as many threads and does nothing else, over the product's time. The goal there is 90%.
+with as many threads and does nothing else, over the product's time; "of copy" is the weight's bytes per second over
+those that a large copy reads and writes. The goal there is 90%.
 
 Each shape has enough weights that none is still in a cache when its turn comes, as in a model. All are timed in turn,
 in bursts of some milliseconds after a burst that is not timed: torch's OpenMP threads spin for a while after each
@@ -67,6 +68,13 @@ def products(m: int, n: int, k: int) -> list[Callable[[], object]]:
     ]
 
 
+def copy_bandwidth() -> float:
+    """Bytes per second that torch's copy of a tensor larger than the caches reads and writes."""
+    source, target = (torch.ones(CACHE_BYTES, dtype=torch.uint8) for _ in range(2))
+    (copied,) = seconds([lambda: target.copy_(source)], rounds=7)
+    return 2 * CACHE_BYTES / copied
+
+
 def main() -> None:
     """Print one line a shape."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -75,18 +83,21 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="M <= 4 alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    copy = copy_bandwidth()
     print(describe())
+    print(f"a copy reads and writes {copy / 1e9:.1f} GB/s")
     print(
-        f"{'N':>6} {'K':>5} {'M':>5} {'ours':>10} {'GFLOP/s':>8} {'GB/s':>6} {'of reads':>9}"
+        f"{'N':>6} {'K':>5} {'M':>5} {'ours':>10} {'GFLOP/s':>8} {'GB/s':>6} {'of copy':>8} {'of reads':>9}"
         f" {'/ torch fp32':>12} {'/ torch bf16':>12}"
     )
     for n, k in SHAPES:
         for m in [m for m in ROWS if m * n * k <= 2**36 and (m <= FEW_ROWS or not options.few)]:
             ours, read, fp32, bf16 = seconds(products(m, n, k), options.rounds)
-            share = f"{read / ours:.0%}" if m <= FEW_ROWS else "-"
+            few, rate = m <= FEW_ROWS, 2 * n * k / ours
+            of_copy, of_reads = (f"{rate / copy:.0%}", f"{read / ours:.0%}") if few else ("-", "-")
             print(
-                f"{n:6} {k:5} {m:5} {ours * 1e6:8.0f}us {2 * m * n * k / ours / 1e9:8.1f} {2 * n * k / ours / 1e9:6.1f}"
-                f" {share:>9} {fp32 / ours:11.2f}x {bf16 / ours:11.2f}x"
+                f"{n:6} {k:5} {m:5} {ours * 1e6:8.0f}us {2 * m * n * k / ours / 1e9:8.1f} {rate / 1e9:6.1f}"
+                f" {of_copy:>8} {of_reads:>9} {fp32 / ours:11.2f}x {bf16 / ours:11.2f}x"
             )
 
 

@@ -175,5 +175,5 @@ def shortened(cause: object) -> str:
     return str(cause)[:CAUSE_LENGTH]
 
 
-# msgspec learns a type when it first decodes it, and has crashed where two threads were first at once: so here, in one
+# msgspec 0.22 learns a type when it first decodes it, and crashes where two threads are first at once: so here, in one
 _KNOWN = [msgspec.msgpack.Decoder(kind) for kind in (Order, Answer, *Message.__subclasses__()) if kind is not InAttempt]
