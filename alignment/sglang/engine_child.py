@@ -97,7 +97,8 @@ class _Server:
     def __init__(self, config: EngineConfig) -> None:
         import torch
 
-        if not torch.cuda.is_available():
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
             from zerokl.alignment.sglang import cpu_shims
 
             cpu_shims.activate()
@@ -106,7 +107,7 @@ class _Server:
 
         self.config = config
         self.capture = model.router if config.capture_experts else None
-        self.engine = _engine_class()(**_server_args(config, on_cpu=not torch.cuda.is_available()))
+        self.engine = _engine_class(on_cpu=on_cpu)(**_server_args(config, on_cpu=on_cpu))
         self._warm_up()
         reports = None if config.stock else self._reports()
         self.manifest = {
@@ -223,16 +224,14 @@ class _Server:
         return [result["result"] for result in results]
 
 
-def _engine_class() -> Callable[..., Any]:
-    import torch
+def _engine_class(*, on_cpu: bool) -> Callable[..., Any]:
+    if on_cpu:
+        from zerokl.alignment.sglang.forked_engine import ForkedEngine
 
-    if torch.cuda.is_available():
-        import sglang
+        return ForkedEngine
+    import sglang
 
-        return sglang.Engine
-    from zerokl.alignment.sglang.forked_engine import ForkedEngine
-
-    return ForkedEngine
+    return sglang.Engine
 
 
 def _require(call: str, outcome: tuple[bool, str]) -> None:

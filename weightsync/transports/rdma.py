@@ -27,8 +27,6 @@ from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Trans
 PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
-_PIECE = 4 << 20
-"""Bytes of one descriptor at most: NIXL's threads each take descriptors, not bytes."""
 
 _Places = frozenset[tuple[int, int]]
 """(address, bytes) of the buffers of one set."""
@@ -248,7 +246,7 @@ def _kind(gpu: int) -> str:
 
 
 def runs(parts: list[tuple[tuple[int, int], int, int, Copy]], gpu: int = -1) -> np.ndarray:
-    """(address, bytes, device) of every row of every copy, in pieces of at most _PIECE bytes, int64 [n, 3].
+    """(address, bytes, device) of every row of every copy, int64 [n, 3].
 
     Raises TransferError outside a buffer.
     """
@@ -258,9 +256,6 @@ def runs(parts: list[tuple[tuple[int, int], int, int, Copy]], gpu: int = -1) -> 
     found = np.array([(place[0] + offset, pitch, c.rows, c.row_bytes) for place, offset, pitch, c in parts], np.int64)
     starts, pitches, rows, widths = found.T
     starts, widths = np.repeat(starts, rows) + np.repeat(pitches, rows) * _numbers(rows), np.repeat(widths, rows)
-    pieces = -(-widths // _PIECE)
-    skipped = _numbers(pieces) * _PIECE
-    starts, widths = np.repeat(starts, pieces) + skipped, np.minimum(np.repeat(widths, pieces) - skipped, _PIECE)
     return np.stack([starts, widths, np.full_like(starts, max(gpu, 0))], axis=1)
 
 
