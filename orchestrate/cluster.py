@@ -1,4 +1,4 @@
-"""A private Ray on the loopback interface, and waiting for its actors: never without a deadline."""
+"""Ray: a private one on the loopback interface, or a running cluster; waiting for actors, never without a deadline."""
 
 from __future__ import annotations
 
@@ -22,23 +22,43 @@ Waiting = Callable[[str, float], None]
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, *, cpus: int) -> Iterator[Path]:
-    """Ray for the length of the block: 127.0.0.1 only, a token of its own, no dashboard, no usage report.
+def cluster(folder: Path, *, cpus: int, address: str = "") -> Iterator[Path]:
+    """Ray for the length of the block: a private one, or that at ``address`` ("host:port").
 
-    Yields its scratch folder, which goes with it: actors put there what they may not be able to remove themselves.
+    Yields a scratch folder of this user alone, which goes with it: actors put there what they may not be able to remove
+    themselves. With a private Ray its path is short, for sockets; with a running one it lies in `folder`, which all
+    hosts have to see.
 
-    `cpus`: what its actors may claim together; they take turns, so this may exceed the machine's.
+    `cpus`: what its actors claim together; in a private Ray they take turns, so this may exceed the machine's.
 
     `folder` (the run's) becomes the directory that Ray puts on its workers' import path in place of the current one:
     a checkout there would expose its folders as top-level modules.
+
+    Raises UserError for a running cluster that does not answer, that has no token, or that is too small.
     """
     if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
         raise RuntimeError("ray was imported before cluster() could turn its token authentication on; import it later")
-    # Ray reads these from the environment only, and hands them to its own processes
+    # Ray reads its settings from the environment only, and hands them to its own processes
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    with contextlib.ExitStack() as stack:
+        if address:
+            scratch = Path(tempfile.mkdtemp(prefix="meeting-", dir=folder))
+        else:  # socket paths below it must stay under 108 bytes, so not in the run folder
+            scratch = Path(tempfile.mkdtemp(prefix="zerokl-ray-"))
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        stack.callback(_leave)
+        with contextlib.chdir(folder):
+            if address:
+                _join(address, cpus)
+            else:
+                _start(scratch, cpus)
+        yield scratch
+
+
+def _start(scratch: Path, cpus: int) -> None:
+    """A private Ray: 127.0.0.1 only, a token of its own, no dashboard."""
     os.environ |= {
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # the actors are the work itself, no background job
         # despite its name: with it off, Ray keeps 127.0.0.1 as the node's address instead of looking up an outer one,
         # and its servers listen on that address alone
@@ -47,25 +67,42 @@ def cluster(folder: Path, *, cpus: int) -> Iterator[Path]:
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     import ray
 
-    # socket paths below it must stay under 108 bytes, so not in the run folder
-    scratch = tempfile.mkdtemp(prefix="zerokl-ray-")
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        num_gpus=0 if not os.environ.get("CUDA_VISIBLE_DEVICES") else None,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(scratch),
+    )
+
+
+def _join(address: str, cpus: int) -> None:
+    """A running Ray, whose token the user has (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)."""
+    import ray
+
     try:
-        with contextlib.chdir(folder):
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=0 if not os.environ.get("CUDA_VISIBLE_DEVICES") else None,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _node_ip_address="127.0.0.1",
-                _temp_dir=scratch,
-            )
-        yield Path(scratch)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"cannot join the Ray cluster at {address}: {str(error).strip().splitlines()[0]}",
+            "start the run on one of its hosts, with the cluster's token (RAY_AUTH_MODE=token, ray get-auth-token)",
+        ) from error
+    there = int(ray.cluster_resources().get("CPU", 0))
+    if there < cpus:
+        raise UserError(
+            f"the run claims {cpus} CPUs, the Ray cluster at {address} has {there}",
+            "lower rollout.engines, rollout.threads, train.threads or train.parallel, or add hosts",
+        )
+
+
+def _leave() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def wait(reference: Any, what: str, *, timeout_s: float, waiting: Waiting, logs: Path) -> Any:

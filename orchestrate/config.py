@@ -57,7 +57,12 @@ class RolloutTable(Table):
     tensor_parallel: Literal[1, 2, 4, 8] = Field(
         default=1, description="ranks that share the model (changes no bit); model.segments must cover it"
     )
-    threads: int | None = Field(default=None, ge=1, description="default: all cores (rollout and training take turns)")
+    engines: int = Field(default=1, ge=1, description="how many share a step's prompts (changes no bit)")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="of an engine; default: engines share all cores (and take turns with training)",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> RolloutTable:
@@ -192,6 +197,17 @@ class ControlTable(Table):
     samples: int = Field(default=16, ge=1)
 
 
+class ClusterTable(Table):
+    """Where the run's processes are: on this machine, or on the hosts of a running Ray cluster.
+
+    All hosts need zerokl installed, one user, and folders that all see for the model and `run.directory`.
+    """
+
+    address: str = Field(
+        default="", description='"host:port" of the cluster, whose token Ray finds; empty: a private Ray, loopback only'
+    )
+
+
 class RunTable(Table):
     """Seed, checkpoints, deadlines and sinks."""
 
@@ -219,6 +235,7 @@ class Config(Table):
     correction: CorrectionTable = CorrectionTable()
     weightsync: WeightsyncTable = WeightsyncTable()
     control: ControlTable = ControlTable()
+    cluster: ClusterTable = ClusterTable()
     run: RunTable = RunTable()
 
     @model_validator(mode="after")

@@ -23,9 +23,7 @@ def measure(prepared: Prepared, folder: RunFolder, places: Places, progress: Pro
     _, requests = plan(config, prepared.source, prepared.tokenizer, 1)
     requests = requests[: config.control.samples]
     actors = Actors(prepared, places, progress.waiting, stock=True)
-    generations = actors.wait(
-        actors.rollout.generate.remote(requests, config.run.step_timeout_s), "the control's rollouts"
-    )
+    generations = actors.generate(requests, "the control's rollouts")
     samples = [Sample(None, r, g) for r, g in zip(requests, generations, strict=True)]
     scored = actors.wait(actors.trainer.score.remote(samples), "the control's scores")
     actors.close()

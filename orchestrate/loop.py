@@ -17,7 +17,7 @@ from zerokl.alignment.mismatch import gap
 from zerokl.alignment.types import Generation, Request
 from zerokl.alignment.verify import compare
 from zerokl.orchestrate import control, report, rewards
-from zerokl.orchestrate.actors import Actors, Places, claimed
+from zerokl.orchestrate.actors import Actors, Places, claims
 from zerokl.orchestrate.algorithms import grpo
 from zerokl.orchestrate.cluster import cluster
 from zerokl.orchestrate.errors import EngineLost, RunError, SyncFailed
@@ -40,8 +40,9 @@ def train(prepared: Prepared, *, resume: bool) -> bool:
     with RunFolder(locate(config.run.directory, resume=resume)) as folder, Progress() as progress:
         progress.note(f"run folder: {folder.path}")
         checkpoint = folder.begin(config, resume=resume)
-        with StopRequest() as stop, cluster(folder.path, cpus=claimed(config)) as scratch:
-            places = Places(folder.logs, scratch)
+        address = config.cluster.address
+        with StopRequest() as stop, cluster(folder.path, cpus=sum(claims(config)), address=address) as scratch:
+            places = Places(folder.logs, scratch, joined=bool(address))
             finished = _steps(prepared, folder, places, progress, checkpoint, stop)
             if finished and config.control.enabled and not (folder.path / report.CONTROL).exists():
                 control.measure(prepared, folder, places, progress)
@@ -120,8 +121,6 @@ class Driver:
             if digest != checkpoint.weights_digest:
                 raise RunError(f"{checkpoint.folder} does not hold the weights it was saved with; remove it")
             self.progress.note(f"resuming after step {checkpoint.step}")
-        else:
-            actors.check_digests(actors.digests["engine"], actors.digests["trainer"], "after loading the model")
         first = self._sync(checkpoint.step if checkpoint else 0)
         self.progress.note(str(first))
 
@@ -196,9 +195,8 @@ class Driver:
     def _generate(self, requests: list[Request], what: str) -> list[Generation]:
         """The responses. An engine that dies is replaced: another one samples the same tokens."""
         for life in range(1, _LIVES + 1):
-            call = self.actors.rollout.generate.remote(requests, self.config.run.step_timeout_s)
             try:
-                return self.actors.wait(call, what)
+                return self.actors.generate(requests, what)
             except EngineLost as lost:
                 if life == _LIVES:
                     raise
@@ -219,8 +217,8 @@ class Driver:
         actors, self.version = self.actors, str(number)
         what = f"the weights of step {number} to reach the engine"
         for attempt in range(1, _LIVES + 1):
-            if actors.wait(actors.rollout.revive.remote(), "the engine to answer", self.config.run.start_timeout_s):
-                self.progress.note("the engine had died; started another one")
+            for _ in range(actors.revive()):
+                self.progress.note("an engine had died; started another one")
             try:
                 return actors.wait(actors.trainer.sync.remote(self.version, self.config.weightsync.in_flight), what)
             except SyncFailed as failure:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zerokl.orchestrate import hosts
 from zerokl.orchestrate.errors import EngineLost
+from zerokl.orchestrate.hosts import Host
 from zerokl.orchestrate.logs import redirect_output
 
 if TYPE_CHECKING:
@@ -24,16 +26,24 @@ class Rollout:
 
     engine: RolloutEngine
     start_timeout_s: float
+    _own: tempfile.TemporaryDirectory[str] | None = None
+
+    def host(self, needed: Sequence[Path]) -> Host:
+        """Where this actor is; see `hosts.here`."""
+        return hosts.here(needed)
 
     def start(
-        self, config: EngineConfig, log: Path, scratch: Path, start_timeout_s: float
+        self, config: EngineConfig, log: Path, scratch: Path | None, start_timeout_s: float
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Start the engine; returns (manifest, weights digest). Not the constructor: there, errors lose their type.
 
-        The engine's temporary files go below `scratch`, which outlives this process if it is killed.
+        The engine's temporary files go below `scratch`, which outlives this process if it is killed; None: below a
+        folder of this host, as the path has to be short.
         """
         redirect_output(log)
-        tempfile.tempdir = str(scratch)
+        if scratch is None:
+            self._own = tempfile.TemporaryDirectory(prefix="zerokl-")
+        tempfile.tempdir = self._own.name if self._own else str(scratch)
         from zerokl.alignment.sglang.engine import RolloutEngine
 
         self.start_timeout_s = start_timeout_s
@@ -67,3 +77,5 @@ class Rollout:
     def close(self) -> None:
         """Stop the engine's process and wait for it."""
         self.engine.close()
+        if self._own:
+            self._own.cleanup()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zerokl.orchestrate import hosts
 from zerokl.orchestrate.errors import RunError, SyncFailed, UserError
+from zerokl.orchestrate.hosts import Host
 from zerokl.orchestrate.logs import redirect_output
 from zerokl.orchestrate.samples import Sample, dealt, microbatches
 
@@ -29,11 +31,13 @@ _JOIN_S = 20.0  # for a running engine; its receiving end connects when its sche
 
 @dataclass(frozen=True)
 class Member:
-    """One of the trainer's ``ranks``, and the file where they find each other (None for a single one)."""
+    """One of the trainer's ``ranks``, the file where they find each other (None for a single one), and the network
+    device by which this one reaches the others."""
 
     rank: int = 0
     ranks: int = 1
     rendezvous: Path | None = None
+    interface: str = "lo"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class Trainer:
     train: TrainTable
     link: WeightLink
 
+    def host(self, needed: Sequence[Path]) -> Host:
+        """Where this actor is; see `hosts.here`."""
+        return hosts.here(needed)
+
     def start(
         self,
         model: Path,
@@ -119,7 +127,7 @@ class Trainer:
         from zerokl.alignment.megatron.policy import MegatronPolicy
 
         if member.rendezvous is not None:
-            distributed.connect(member.rank, member.ranks, member.rendezvous)
+            distributed.connect(member.rank, member.ranks, member.rendezvous, member.interface)
         self.policy = MegatronPolicy(
             model,
             architecture=architecture,

@@ -9,7 +9,7 @@ with WeightLink(meeting, *block_layout(*policy.weight_blocks())) as link:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -26,29 +26,37 @@ from zerokl.weightsync.transports.base import Buffers, Source
 from zerokl.weightsync.wire import new_token, read_token
 
 if TYPE_CHECKING:
+    import torch
+
     from zerokl.alignment.sglang.config import Transfer
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """A folder of this user alone with the coordinator's socket and the run's token. ``transport``: a name or "auto";
-    ``senders``: trainer ranks; ``receivers``: engine ranks; ``floor_gb_per_s``: a slower transfer is refused."""
+    """A folder of this user alone with the coordinator's address and the run's token. ``transport``: a name or "auto";
+    ``senders``: trainer ranks; ``receivers``: ranks of all engines; ``floor_gb_per_s``: a slower transfer is refused.
+
+    ``host``: the IP address of the coordinator's host, if participants are on several, which all see the folder; empty:
+    they are on one. ``interface``: the network device by which this participant reaches the others."""
 
     folder: Path
     transport: str = AUTO
     receivers: int = 1
     senders: int = 1
     floor_gb_per_s: float = 0.0
+    host: str = ""
+    interface: str = "lo"
 
     @staticmethod
     def in_folder(
-        parent: Path, *, transport: str = AUTO, receivers: int = 1, senders: int = 1, floor_gb_per_s: float = 0.0
+        parent: Path, *, transport: str = AUTO, receivers: int = 1, senders: int = 1, floor_gb_per_s: float = 0.0,
+        host: str = "",
     ) -> Meeting:  # fmt: skip
-        """A new folder below ``parent``, whose path must be short: sockets lie in it."""
+        """A new folder below ``parent``, whose path must be short if all are on one host: sockets lie in it."""
         folder = parent / "weights"
         folder.mkdir(mode=0o700)
         new_token(folder / "token")
-        return Meeting(folder, transport, receivers, senders, floor_gb_per_s)
+        return Meeting(folder, transport, receivers, senders, floor_gb_per_s, host)
 
     @property
     def address(self) -> Path:
@@ -63,11 +71,20 @@ class Meeting:
         """How many send and how many receive."""
         return self.senders, self.receivers
 
-    def transfer(self) -> Transfer:
-        """What the engine is started with."""
+    def on(self, interface: str) -> Meeting:
+        """The same, for a participant that reaches the others by this network device."""
+        return replace(self, interface=interface)
+
+    def site(self, device: torch.device) -> Site:
+        """What a participant's ends are built with, if its weights are on ``device``."""
+        return Site(self.folder, self.ranks, device, self.interface, one_host=not self.host)
+
+    def transfer(self, engine: int = 0) -> Transfer:
+        """What engine number ``engine`` is started with."""
         from zerokl.alignment.sglang.config import Transfer
 
-        return Transfer(str(self.address), str(self.folder / "token"), ranks=self.ranks)
+        token = str(self.folder / "token")
+        return Transfer(str(self.address), token, engine=engine, ranks=self.ranks, interface=self.interface)
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,7 @@ def sending_rank(
     """Rank number ``rank`` of the trainer, whose own layout and memory these are, ready to send in the background.
     ``source``: the one end to use."""
     device = next(iter(buffers.values())).device
-    ends = Ends.only(source) if source else source_ends(Site(meeting.folder, meeting.ranks, device))
+    ends = Ends.only(source) if source else source_ends(meeting.site(device))
     of_all = Layout(layout.tensors, layout.ranks * (rank + 1))
     sending = WeightSource(meeting.address, meeting.token, of_all, rank, ends)
     sending.buffers = buffers
@@ -117,7 +134,8 @@ class WeightLink:
         self.watch: Callable[[str], None] = lambda _: None  # told every phase of a transfer as it begins
         self.sender = WeightSender(
             meeting.address, meeting.token, sources=meeting.senders, receivers=meeting.receivers,
-            transport=meeting.transport, floor_gb_per_s=meeting.floor_gb_per_s, observe=self._entered,
+            transport=meeting.transport, floor_gb_per_s=meeting.floor_gb_per_s, host=meeting.host,
+            observe=self._entered,
         )  # fmt: skip
         self._source = sending_rank(meeting, layout, buffers, 0, source=source)
 

@@ -40,9 +40,11 @@ class WeightSender:
 
     def __init__(
         self, address: Path, token: bytes, *, sources: int, receivers: int, deadlines: Deadlines | None = None,
-        transport: str = AUTO, floor_gb_per_s: float = 0.0, observe: Callable[[str], None] = lambda _: None,
+        transport: str = AUTO, floor_gb_per_s: float = 0.0, host: str = "",
+        observe: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """Listen at ``address``, in a folder of this user alone; participants prove that they know ``token``.
+        ``host``: this machine's IP address, where participants on others are to reach it (`wire.listen`).
 
         ``transport``: its name, or `topology.AUTO`: then `choice` follows from where the participants are.
         """
@@ -57,7 +59,7 @@ class WeightSender:
         self._layouts: tuple[Layout, Layout] | None = None
         self._coordinator: Coordinator | None = None
         self._inbox: queue.SimpleQueue[tuple[str, wire.Connection, object]] = queue.SimpleQueue()
-        self._address, self._socket = address, wire.listen(address)
+        self._address, self._socket = address, wire.listen(address, host)
         threading.Thread(target=self._accept, name="weight-sender", daemon=True).start()
 
     @property

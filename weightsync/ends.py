@@ -1,7 +1,7 @@
 """A participant's end of whatever transport is chosen when all have joined (`topology`).
 
-Each transport is imported when it is asked for: some need a package that is not always there. Those that use a network
-listen on this machine alone, where participants meet.
+Each transport is imported when it is asked for: some need a package that is not always there. Those that use
+a network listen on the site's interface; `rdma` on every device where there are RDMA cards.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ End = TypeVar("End", Source, Target)
 @dataclass(frozen=True)
 class Site:
     """What ends are built with. ``folder``: of this user alone, the same for all; ``ranks``: how many send and receive;
-    ``device``: where this participant's weights are."""
+    ``device``: where this participant's weights are; ``interface``: the network device to listen on; ``one_host``:
+    all are on this one, so ``folder`` may hold sockets."""
 
     folder: Path
     ranks: tuple[int, int]
     device: torch.device
+    interface: str = "lo"
+    one_host: bool = True
+
+    @property
+    def devices(self) -> str:
+        """The network devices that UCX may use: all where there are RDMA cards, which have names of their own."""
+        return "" if place.has_card() else self.interface
 
 
 class Ends(Generic[End]):
@@ -83,7 +91,7 @@ def source_end(name: str, site: Site) -> Source:
         case "ipc":
             from zerokl.weightsync.transports.ipc import IpcSource
 
-            return IpcSource(site.folder)
+            return IpcSource(site.folder if site.one_host else None)
         case "disk":
             from zerokl.weightsync.transports.disk import DiskSource
 
@@ -91,11 +99,11 @@ def source_end(name: str, site: Site) -> Source:
         case "rdma":
             from zerokl.weightsync.transports.rdma import RdmaSource
 
-            return RdmaSource()
+            return RdmaSource(devices=site.devices)
         case "collective":
             from zerokl.weightsync.transports.collective import CollectiveSource
 
-            return CollectiveSource(site.folder, ranks=site.ranks, device=site.device)
+            return CollectiveSource(site.folder, ranks=site.ranks, interface=site.interface, device=site.device)
         case "cuda_ipc":
             from zerokl.weightsync.transports.cuda_driver import CudaDriver
             from zerokl.weightsync.transports.cuda_ipc import CudaIpcSource
@@ -123,11 +131,11 @@ def target_end(name: str, site: Site) -> Target:
         case "rdma":
             from zerokl.weightsync.transports.rdma import RdmaTarget
 
-            return RdmaTarget(device=gpu)
+            return RdmaTarget(devices=site.devices, device=gpu)
         case "collective":
             from zerokl.weightsync.transports.collective import CollectiveTarget
 
-            return CollectiveTarget(site.folder, ranks=site.ranks, device=site.device)
+            return CollectiveTarget(site.folder, ranks=site.ranks, interface=site.interface, device=site.device)
         case "cuda_ipc":
             from zerokl.weightsync.transports.cuda_driver import CudaDriver
             from zerokl.weightsync.transports.cuda_ipc import CudaIpcTarget

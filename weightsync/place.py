@@ -13,6 +13,7 @@ from zerokl.weightsync.transports.rdma import PACKAGES
 
 MOONCAKE = "mooncake"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FILES = Path("/proc/self/ns/mnt")
 _CARDS = Path("/sys/class/infiniband")
 
 
@@ -20,7 +21,12 @@ def here(device: torch.device, *, only: str | None = None) -> Place:
     """This process's place, with its weights on ``device``; ``only``: the one transport it brings along, if so."""
     memory, reaches = _gpu(device) if device.type == "cuda" else (topology.HOST_MEMORY, ())
     transports = tuple(name for name in topology.TRANSPORTS if available(name)) if only is None else (only,)
-    return Place(_BOOT_ID.read_text().strip(), memory, reaches, has_card(), transports)
+    return Place(_host(), memory, reaches, has_card(), transports)
+
+
+def _host() -> str:
+    """One boot of one kernel, and one view of its files: containers that do not share them hand nothing over."""
+    return f"{_BOOT_ID.read_text().strip()}/{_FILES.stat().st_ino}"
 
 
 def available(name: str) -> bool:

@@ -45,7 +45,7 @@ def start(
         read_token(Path(settings["token_file"])),
         Layout(layout.tensors, layout.ranks * (engine + 1)),
         engine * size + rank,
-        target_ends(Site(folder, tuple(settings["ranks"]), live.device)),
+        target_ends(Site(folder, tuple(settings["ranks"]), live.device, settings["interface"])),
         live,
     )
     receiver.start()

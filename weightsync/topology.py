@@ -6,8 +6,7 @@
     everything else of one kind of memory       collective (gloo, or NCCL on GPUs)
     host memory on one side, a GPU's on the other  rdma
 
-`disk` and `mooncake` are never chosen, only asked for. Participants meet at a UNIX socket today, so those of several
-hosts are told apart here but cannot meet yet.
+`disk` and `mooncake` are never chosen, only asked for.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ Name = Annotated[str, Meta(max_length=64)]
 
 
 class Place(Typed, frozen=True):
-    """Where a participant is. ``host``: one boot of one kernel; ``memory``: of its weights, `HOST_MEMORY` or the GPU's
-    UUID; ``reaches``: the GPUs whose memory it can open, its own too; ``card``: an RDMA-capable network card is up;
-    ``transports``: those it has what they need for."""
+    """Where a participant is. ``host``: one boot of one kernel, and one view of its files; ``memory``: of its weights,
+    `HOST_MEMORY` or the GPU's UUID; ``reaches``: the GPUs whose memory it can open, its own too; ``card``: an
+    RDMA-capable network card is up; ``transports``: those it has what they need for."""
 
     host: Name
     memory: Name = HOST_MEMORY

@@ -2,10 +2,14 @@
 
 A frame is a 4-byte little-endian length and a msgpack body that must decode as one of the expected `messages`. The
 token itself never travels: each end sends an HMAC over the other's fresh nonce, compared in constant time.
+
+An address is a path in a folder of this user alone: of a UNIX socket, or, where participants are on several hosts that
+share the folder, of a file that tells host and port. Between hosts nothing is encrypted, neither this nor the weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import secrets
@@ -14,16 +18,27 @@ import stat
 import struct
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from zerokl.weightsync import messages as m
 from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.layout import Typed
 
 _LENGTH = struct.Struct("<I")
 _SEND_S = 5.0
+_DIAL_S = 2.0
+_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+"""A host that is gone is noticed after 25 s without traffic."""
 TOKEN_BYTES = 32
+
+
+class Listening(Typed, frozen=True):
+    """Where a coordinator listens, as the file at its address says."""
+
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
 
 
 class ConnectionLost(WeightSyncError):
@@ -36,6 +51,11 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_SEND_S), 0))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEP_ALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, message: m.Message) -> None:
         """Send one message. Raises ConnectionLost if nobody takes it for seconds, ValueError if it is too large."""
@@ -91,23 +111,62 @@ def decode(body: bytes | bytearray, types: Any) -> Any:
         raise ConnectionLost(f"a foreign message: {error}") from error
 
 
-def listen(address: Path) -> socket.socket:
+def listen(address: Path, host: str = "") -> socket.socket:
     """A listening UNIX socket that only this user can open; one that a dead process left there is replaced.
+
+    ``host``: listen there instead, an IP address of this machine, at a port that the system chooses.
 
     Raises WeightSyncError if others could reach its folder, or if somebody listens there already.
     """
     status = address.parent.stat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise WeightSyncError(f"{address.parent} must belong to this user alone (mode 0700)")
+    with contextlib.suppress(ConnectionLost, OSError), _dial(address):
+        raise WeightSyncError(f"another coordinator listens at {address}")
+    if host:
+        sock = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+        _tell(address, Listening(host, sock.getsockname()[1]))
+        return sock
+    address.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if address.is_socket():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(str(address)) == 0:
-                raise WeightSyncError(f"another coordinator listens at {address}")
-        address.unlink()
     sock.bind(str(address))
     address.chmod(0o600)
     sock.listen(128)
+    return sock
+
+
+def _tell(address: Path, where: Listening) -> None:
+    """Write the file at an address, whole or not at all."""
+    new = address.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(file, "wb") as out:
+        out.write(msgspec.json.encode(where))
+    new.rename(address)
+
+
+def parse_listening(data: bytes) -> Listening:
+    """Where a coordinator says that it listens. Raises ConnectionLost for anything but that."""
+    try:
+        return msgspec.json.decode(data, type=Listening)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConnectionLost(f"not where a coordinator listens: {error}") from error
+
+
+def _dial(address: Path) -> socket.socket:
+    """A connection to whoever listens at an address. Raises OSError or ConnectionLost if nobody does."""
+    if address.is_file():
+        with address.open("rb") as file:
+            where = parse_listening(file.read(m.MAX_GREETING))
+        sock = socket.create_connection((where.host, where.port), _DIAL_S)
+        sock.settimeout(None)
+        return sock
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(str(address))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
@@ -133,15 +192,12 @@ def read_token(path: Path) -> bytes:
 
 
 def connect(address: Path, timeout_s: float) -> Connection:
-    """Connect to a coordinator's socket. Raises ConnectionLost if nobody listens there within ``timeout_s``."""
+    """Connect to the coordinator at an address. Raises ConnectionLost if nobody listens there within ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.connect(str(address))
-            return Connection(sock)
-        except OSError as error:
-            sock.close()
+            return Connection(_dial(address))
+        except (OSError, ConnectionLost) as error:
             if time.monotonic() > deadline:
                 raise ConnectionLost(f"no coordinator at {address}: {error}") from error
             time.sleep(0.02)
@@ -174,3 +230,6 @@ def _proof(token: bytes, side: bytes, challenge: bytes, hello: m.Hello) -> bytes
         raise ValueError(f"a token has at least {TOKEN_BYTES} bytes")
     who = b"%d:%d:" % (hello.source, hello.rank)
     return hmac.digest(token, side + b"|" + who + challenge + hello.nonce, "sha256")
+
+
+_KNOWN = [msgspec.json.Decoder(kind) for kind in (Listening,)]  # before threads decode them (`messages`)

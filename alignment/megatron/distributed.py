@@ -18,12 +18,12 @@ from zerokl.alignment.megatron.regions import tree_sum
 _TIMEOUT = timedelta(seconds=120)
 
 
-def connect(rank: int, world: int, rendezvous: Path) -> None:
-    """Bring up torch.distributed as ``rank`` of ``world`` processes of this machine; gloo listens on loopback only.
+def connect(rank: int, world: int, rendezvous: Path, interface: str = "lo") -> None:
+    """Bring up torch.distributed as ``rank`` of ``world`` processes; gloo listens on ``interface`` only.
 
-    ``rendezvous``: a file that does not exist yet, in a folder of this user alone, the same for all.
+    ``rendezvous``: a file that does not exist yet, in a folder of this user alone that all processes see.
     """
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo reads it there only
+    os.environ["GLOO_SOCKET_IFNAME"] = interface  # gloo reads it there only
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.FileStore(str(rendezvous), world)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)

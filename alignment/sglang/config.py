@@ -36,8 +36,9 @@ TRANSFER_KEY = "zerokl_transfer"
 class Transfer:
     """Where an engine gets its weights from: each of its ranks joins the coordinator's transfers.
 
-    address: the coordinator's socket; token_file: the run's token, in a file of this user alone; engine: this engine's
-    number, from 0; ranks: how many send and receive in all.
+    address: the coordinator's, a path in a folder of this user alone; token_file: the run's token, in a file there;
+    engine: this engine's number, from 0; ranks: how many send and receive in all; interface: the network device by
+    which the others are reached.
     receiver: the function, by name, that starts the receiving end in the scheduler's process.
     """
 
@@ -45,6 +46,7 @@ class Transfer:
     token_file: str
     engine: int = 0
     ranks: tuple[int, int] = (1, 1)
+    interface: str = "lo"
     receiver: str = "zerokl.weightsync.sglang_receiver.start"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
@@ -31,7 +32,7 @@ def attach(runner: Any) -> Callable[[], dict[str, Any]]:
     def started(gate: Gate) -> None:
         start, parallel = pkgutil.resolve_name(transfer.receiver), get_parallel()
         path = runner.model_config.model_path
-        state[0] = start(runner.model, path, gate, parallel.tp_rank, parallel.tp_size, settings)
+        state[0] = start(runner.model, path, gate, parallel.tp_rank, parallel.tp_size, asdict(transfer))
 
     Gate(started).install()
     return lambda: {"weights": state[0]()}

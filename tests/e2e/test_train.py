@@ -110,16 +110,17 @@ def resumed(folder, command):
 
 @pytest.fixture(scope="module")
 def bereaved(folder, command):
-    """A run over `rdma` whose engine is killed after the first step; (run folder, what it printed, the killed one)."""
+    """A run of two engines over `rdma`, one of which is killed after the first step; (run folder, what it printed, the
+    killed one)."""
     run = folder / "bereaved"
     process = subprocess.Popen(
-        command("bereaved", "--set", "weightsync.transport=rdma"),
+        command("bereaved", "--set", "weightsync.transport=rdma", "--set", "rollout.engines=2"),
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         until(lambda: steps(run), "the first step", process)
         family = psutil.Process(process.pid).children(recursive=True)
-        (scheduler,) = [child for child in family if "scheduler" in " ".join(child.cmdline()[:1])]
+        scheduler, _ = [child for child in family if "scheduler" in " ".join(child.cmdline()[:1])]
         scheduler.kill()
         output, _ = process.communicate(timeout=300)
     finally:
@@ -200,10 +201,11 @@ def test_ctrl_c_finishes_the_step_and_leaves_no_process(resumed):
     assert [p for p in state["family"] if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_a_run_outlives_its_engine_and_ends_with_the_same_bits(whole, bereaved):
+def test_a_run_of_two_engines_outlives_one_and_ends_with_the_bits_of_a_run_with_one(whole, bereaved):
     run, output, scheduler = bereaved
     assert not scheduler.is_running()
-    assert "the engine had died; started another one" in output
+    assert "an engine had died; started another one" in output
+    assert (run / "logs" / "rollout-1.log").is_file()
     for name in ("model/model.safetensors", "checkpoints/step-000004/policy/optimizer.safetensors"):
         assert (whole[0] / name).read_bytes() == (run / name).read_bytes(), name
     assert [s["mismatched_tokens"] for s in steps(run)] == [0] * STEPS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zerokl.orchestrate import loop
-from zerokl.orchestrate.actors import meeting_of
+from zerokl.orchestrate.actors import meeting_of, shares
 from zerokl.orchestrate.config import Config
 from zerokl.orchestrate.errors import RunError
 from zerokl.orchestrate.trainer import Trainer
@@ -81,8 +81,7 @@ def test_a_run_whose_transfers_are_below_its_floor_ends_with_the_cause(tmp_path,
     trainer, notes = Trainer(), []
     trainer.link = link
     actors = SimpleNamespace(
-        trainer=Here(trainer), rollout=Here(SimpleNamespace(revive=lambda: False)), wait=lambda call, *_: call(),
-        digests={"engine": {}, "trainer": {}}, check_digests=lambda *_: None,
+        trainer=Here(trainer), revive=lambda: 0, wait=lambda call, *_: call(),
     )  # fmt: skip
     monkeypatch.setattr(loop, "Actors", lambda *_: actors)
     progress = SimpleNamespace(waiting=None, note=notes.append)
@@ -115,3 +114,13 @@ def test_a_transport_that_cannot_work_here_is_refused_before_anything_moves(tmp_
         link.sync("7", timeout_s=30)
     receiver.close()
     assert (engine.held, phases) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("count", "engines", "sizes"),
+    [(12, 1, [12]), (12, 2, [4, 8]), (12, 3, [4, 4, 4]), (8, 3, [0, 4, 4]), (10, 2, [4, 6]), (0, 2, [0, 0])],
+)
+def test_engines_share_the_prompts_and_no_group_is_torn(count, engines, sizes):
+    parts = shares(range(count), engines, 4)
+    assert [len(part) for part in parts] == sizes
+    assert [item for part in parts for item in part] == list(range(count))

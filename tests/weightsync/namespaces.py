@@ -3,22 +3,16 @@
 Over `collective` two namespaces are joined by one link. Over `rdma` there is one namespace, and its loopback device is
 the link: UCX looks for devices in /sys, which goes on showing those of the first namespace.
 
-Namespaces of this user alone (user_namespaces(7)): no privilege is needed where the kernel lets users have them. The
-control connection is a UNIX socket, which does not notice. The link is made through netlink (rtnetlink(7), veth(4)) and
-switched by ioctl (netdevice(7)).
+The control connection is a UNIX socket, which does not notice.
 """
 
-import ctypes
-import fcntl
-import os
-import socket
-import struct
 from dataclasses import replace
 from pathlib import Path
 
 import parties
 import processes
 import torch
+from networks import VETH, address, enter, is_up, join, make_link, switch
 
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.megatron_layout import megatron_layout
@@ -26,91 +20,10 @@ from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.transports import collective, rdma
 
-VETH, ENGINES = "zerokl0", SglangSizes(engines=2)
+ENGINES = SglangSizes(engines=2)
 LINKS = {"collective": VETH, "rdma": "lo"}
 # more than sockets hold: what a link carries before it goes down is not everything
 MODEL = replace(parties.MODEL, vocabulary=16384, hidden=256)
-_NEWNS, _NEWUSER, _NEWNET = 0x00020000, 0x10000000, 0x40000000
-_GET_FLAGS, _SET_FLAGS, _SET_ADDRESS, _SET_MASK = 0x8913, 0x8914, 0x8916, 0x891C
-_UP = 1
-_NEWLINK, _REQUEST_ACK_CREATE = 16, 0x1 | 0x4 | 0x200 | 0x400
-_IFNAME, _LINKINFO, _NETNS_PID, _KIND, _DATA, _PEER = 3, 18, 19, 1, 2, 1
-
-
-def _call(name: str, *arguments: int | bytes) -> None:
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
-        error = ctypes.get_errno()
-        raise OSError(error, f"{name}: {os.strerror(error)}")
-
-
-def enter(kind: int = _NEWNET) -> None:
-    """Move this process, of one thread, into a user and a network (or mount) namespace of its own. Raises OSError where
-    users may not have any."""
-    uid, gid = os.getuid(), os.getgid()
-    _call("unshare", _NEWUSER | kind)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
-
-
-def enter_with_shared_memory(nbytes: int) -> None:
-    """The same, with a /dev/shm of its own, of so many bytes."""
-    enter(_NEWNS)
-    _call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=%d" % nbytes)
-
-
-def join(pid: int, network_of: int | None) -> None:
-    """Move this process into the user namespace of another, and into the network of one, or a new one."""
-    _set_namespace(pid, "user")
-    if network_of is None:
-        _call("unshare", _NEWNET)
-    else:
-        _set_namespace(network_of, "net")
-
-
-def _set_namespace(pid: int, kind: str) -> None:
-    opened = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
-    try:
-        _call("setns", opened, 0)
-    finally:
-        os.close(opened)
-
-
-def _attribute(kind: int, data: bytes) -> bytes:
-    return struct.pack("HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
-
-
-def make_link(pid: int) -> None:
-    """A pair of interfaces of one name, here and in the network of a process."""
-    name, header = _attribute(_IFNAME, VETH.encode() + b"\0"), struct.pack("BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)
-    peer = _attribute(_PEER, header + name + _attribute(_NETNS_PID, struct.pack("I", pid)))
-    link = header + name + _attribute(_LINKINFO, _attribute(_KIND, b"veth\0") + _attribute(_DATA, peer))
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        netlink.send(struct.pack("IHHII", 16 + len(link), _NEWLINK, _REQUEST_ACK_CREATE, 1, 0) + link)
-        (error,) = struct.unpack_from("i", netlink.recv(4096), 16)
-    if error:
-        raise OSError(-error, f"no veth link: {os.strerror(-error)}")
-
-
-def _ioctl(request: int, name: str, argument: bytes) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        return fcntl.ioctl(any_socket, request, struct.pack("16s16s8x", name.encode(), argument))
-
-
-def is_up(name: str) -> bool:
-    return bool(struct.unpack_from("H", _ioctl(_GET_FLAGS, name, b""), 16)[0] & _UP)
-
-
-def switch(name: str, up: bool) -> None:
-    (flags,) = struct.unpack_from("H", _ioctl(_GET_FLAGS, name, b""), 16)
-    _ioctl(_SET_FLAGS, name, struct.pack("H", flags | _UP if up else flags & ~_UP))
-
-
-def address(number: int) -> None:
-    """Give this end of the link an address, 10.0.0.number of /24, and switch it on."""
-    for request, quad in ((_SET_ADDRESS, f"10.0.0.{number}"), (_SET_MASK, "255.255.255.0")):
-        _ioctl(request, VETH, struct.pack("HH4s8x", socket.AF_INET, 0, socket.inet_aton(quad)))
-    switch("lo", True)
-    switch(VETH, True)
 
 
 class Cut:

@@ -6,7 +6,7 @@ import os
 from multiprocessing import forkserver
 from pathlib import Path
 
-import namespaces
+import networks
 import parties
 import processes
 import pytest
@@ -36,7 +36,7 @@ def party(pipe) -> None:
     for (name,) in processes.requests(pipe):
         if name == "enter":
             try:
-                namespaces.enter_with_shared_memory(ROOM)
+                networks.enter_with_shared_memory(ROOM)
             except OSError as error:
                 pipe.send(str(error))
                 return
@@ -64,7 +64,7 @@ def child():
     child = processes.Child(party)
     refused = child.ask("enter")
     if refused:
-        pytest.skip(f"this kernel gives users no namespaces of their own: {refused}")
+        pytest.skip(f"this kernel gives users no networks of their own: {refused}")
     yield child
     child.end()
 

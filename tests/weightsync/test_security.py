@@ -105,6 +105,7 @@ PARSERS = {
     "answers": lambda data: wire.decode(data, m.Answer),
     "greeting": lambda data: wire.decode(data, m.Hello),
     "join": lambda data: wire.decode(data, m.Join),
+    "listening": wire.parse_listening,
     "ipc": ipc.parse_export,
     "ipc holding": lambda data: ipc.parse_holding({"rollout-0": data}, 0),
     "rdma": rdma.parse,

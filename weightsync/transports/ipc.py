@@ -20,6 +20,7 @@ import os
 import secrets
 import socket
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -95,11 +96,12 @@ class IpcSource:
 
     name = "ipc"
 
-    def __init__(self, folder: Path) -> None:
-        """``folder``: of this user alone, for the socket that hands out the file."""
-        self._folder = folder
+    def __init__(self, folder: Path | None) -> None:
+        """``folder``: of this host and user alone, for the socket that hands out the file; None: one of its own."""
+        self._own = tempfile.TemporaryDirectory(prefix="zerokl-") if folder is None else None
+        self._folder = folder or Path(self._own.name if self._own else "")
         self._socket: socket.socket | None = None
-        self._path = folder / "none"
+        self._path = self._folder / "none"
         self._nonce = b""
         self._sources: dict[str, np.ndarray] = {}
         self._files: list[MemoryFile] = []
