@@ -6,10 +6,11 @@ import socket
 import struct
 import time
 
+import fused_model
 import pytest
 from parties import TOKEN, Parties, eventually
 
-from zerokl.weightsync import place, wire
+from zerokl.weightsync import place, sglang_receiver, wire
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
@@ -102,3 +103,18 @@ def test_another_view_of_the_files_is_another_host(tmp_path, monkeypatch):
     monkeypatch.setattr(place, "_FILES", tmp_path)
     assert place._host() != here
     assert place._host().split("/")[0] == here.split("/")[0]
+
+
+def test_an_engine_listens_on_the_device_that_its_settings_name(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ends(site):
+        raise Asked(site.interface, site.folder, site.ranks)
+
+    monkeypatch.setattr(sglang_receiver, "target_ends", ends)
+    wire.new_token(tmp_path / "token")
+    settings = {"address": f"{tmp_path}/s", "token_file": f"{tmp_path}/token", "engine": 1, "ranks": [2, 3]}
+    with pytest.raises(Asked) as asked:
+        sglang_receiver.start(fused_model.Model(), "", None, 0, 1, settings | {"interface": "eth7"})
+    assert asked.value.args == ("eth7", tmp_path, (2, 3))
