@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import time
+from unittest.mock import Mock
 
 import fused_model
 import pytest
@@ -116,5 +117,5 @@ def test_an_engine_listens_on_the_device_that_its_settings_name(tmp_path, monkey
     wire.new_token(tmp_path / "token")
     settings = {"address": f"{tmp_path}/s", "token_file": f"{tmp_path}/token", "engine": 1, "ranks": [2, 3]}
     with pytest.raises(Asked) as asked:
-        sglang_receiver.start(fused_model.Model(), "", None, 0, 1, settings | {"interface": "eth7"})
+        sglang_receiver.start(fused_model.Model(), "", Mock(), 0, 1, settings | {"interface": "eth7"})
     assert asked.value.args == ("eth7", tmp_path, (2, 3))
