@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from zerokl.alignment.openmp import PASSIVE
 from zerokl.orchestrate.errors import EngineLost, RunError, SyncFailed, UserError
 
 _POLL_S = 0.25
@@ -85,7 +86,8 @@ def _join(address: str, cpus: int) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        # a private Ray's workers inherit this process's environment, those of a running one do not
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": PASSIVE})
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"cannot join the Ray cluster at {address}: {str(error).strip().splitlines()[0]}",

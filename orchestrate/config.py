@@ -68,6 +68,8 @@ class RolloutTable(Table):
     def _possible(self) -> RolloutTable:
         if self.top_k == 1:
             raise ValueError("top_k = 1 is greedy: every response of a group would be the same")
+        if self.engines > self.prompts_per_step:
+            raise ValueError(f"engines = {self.engines} exceeds prompts_per_step: some would have nothing to do")
         if self.max_prompt_tokens + self.max_new_tokens > self.kv_cache_tokens:
             raise ValueError("max_prompt_tokens + max_new_tokens exceeds kv_cache_tokens")
         return self
@@ -204,7 +206,9 @@ class ClusterTable(Table):
     """
 
     address: str = Field(
-        default="", description='"host:port" of the cluster, whose token Ray finds; empty: a private Ray, loopback only'
+        default="",
+        pattern=r"^(\S+:\d+)?$",
+        description='"host:port" of the cluster, whose token Ray finds; empty: a private Ray, loopback only',
     )
 
 

@@ -72,7 +72,7 @@ def test_every_problem_is_listed_at_once(recipe):
     "change",
     ["train.steps=1.5", "train.steps=true", "rollout.temperature=0", "rollout.temperature=nan", "run.seed=-1",
      "train.betas=[0.9, 1.0]", "data.template=none", "rollout.max_new_tokens=100000", "algorithm.name=ppo",
-     "train.warmup_steps=5", "model.name.x=3", "train.recompute=1"],
+     "train.warmup_steps=5", "model.name.x=3", "train.recompute=1", "rollout.engines=9", "cluster.address=host"],
 )  # fmt: skip
 def test_impossible_values_are_refused(recipe, change):
     with pytest.raises(UserError, match=change.split("=", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1]):
