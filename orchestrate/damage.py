@@ -12,7 +12,8 @@ import torch
 from zerokl.weightsync.plan import Copy
 from zerokl.weightsync.transports.base import Job, TransferError
 from zerokl.weightsync.transports.copies import view
-from zerokl.weightsync.transports.ipc import IpcSource, Region, arrange, placed
+from zerokl.weightsync.transports.ipc import IpcSource
+from zerokl.weightsync.transports.ipc_layout import Region, arrange, placed
 from zerokl.weightsync.transports.memory_file import MemoryFile
 
 Damage = Literal["flipped bit", "missing chunk", "source error", "full memory"]

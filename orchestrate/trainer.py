@@ -151,8 +151,10 @@ class Trainer:
         layout, buffers = block_layout(*self.policy.weight_blocks())
         if rank == 0:
             self.link = WeightLink(meeting, layout, buffers)
+            self._sending = self.link.source
         else:
             self._sending = sending_rank(meeting, layout, buffers, rank)
+        self.policy.new_memory = self._sending.renew  # what the engine reads is not written any more
 
     def step(
         self,

@@ -137,7 +137,7 @@ class WeightLink:
             transport=meeting.transport, floor_gb_per_s=meeting.floor_gb_per_s, host=meeting.host,
             observe=self._entered,
         )  # fmt: skip
-        self._source = sending_rank(meeting, layout, buffers, 0, source=source)
+        self.source = sending_rank(meeting, layout, buffers, 0, source=source)
 
     def sync(self, version: str, *, timeout_s: float, in_flight: InFlight = "abort") -> SyncReport:
         """Give the engine the weights as they are now. Raises WeightSyncError, with the cause, if it did not come to
@@ -171,7 +171,7 @@ class WeightLink:
     def close(self) -> None:
         """Leave; engines keep what they serve."""
         self.sender.close()
-        self._source.close()
+        self.source.close()
 
     def __enter__(self) -> Self:
         return self

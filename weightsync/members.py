@@ -28,7 +28,7 @@ from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.participant import Effect, Participant, State
 from zerokl.weightsync.plan import Batch, Plan, make_plan
 from zerokl.weightsync.topology import Place
-from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Source, Target
+from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Sharing, Source, Target
 from zerokl.weightsync.transports.copies import source_digests, target_digests
 
 _GREETING_S = 10.0
@@ -232,10 +232,24 @@ class WeightSource(_Member):
             address, token, machine, source=True, layout=layout, rank=rank, place=self._ends.place, observe=observe
         )
         self.buffers: Buffers = {}
+        self._sent = self._committed = False
 
     @property
     def _transport(self) -> Source:
         return self._ends.current
+
+    def renew(self) -> Buffers | None:
+        """Other memory for `buffers`, to write the next version into, where receivers can read it without a copy; None
+        where the transport has none: then they stay. What it holds first is undefined.
+
+        What was sent may be written no more. Raises TransferError if there is no memory, WeightSyncError during a
+        transfer."""
+        if self.job is not None and (self.machine.state is not State.IDLE or self._running):
+            raise WeightSyncError(f"{self.name} is sending {self.job.version!r}: its memory stays until that is over")
+        end = self._ends.current if self._sent else None
+        found = end.next_buffers(committed=self._committed) if isinstance(end, Sharing) else None
+        self.buffers = self.buffers if found is None else found
+        return found
 
     def carry_out(self, effect: Effect, order: m.Message) -> m.Message:
         job = self.job
@@ -246,6 +260,7 @@ class WeightSource(_Member):
                 return self._make_plan(order)
             case m.Prepare(attempt):
                 _check_sizes(self.buffers, self._held)
+                self._sent, self._committed = True, False
                 return m.Prepared(attempt, self._transport.prepare(job, self.buffers))
             case m.Transfer(attempt, endpoints):
                 start = time.monotonic()
@@ -253,6 +268,7 @@ class WeightSource(_Member):
                 seconds = time.monotonic() - start
                 return m.Transferred(attempt, source_digests(self.buffers, job.sent(), job.digests), copied, seconds)
             case m.Resume(attempt):
+                self._committed = True
                 self._ends.finish()
                 return m.Resumed(attempt)
         raise WeightSyncError(f"a source does not {effect}")

@@ -83,8 +83,13 @@ def _trained(named: Mapping[str, T]) -> Iterator[tuple[str, T]]:
 
 def chunk_weights(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters, and what is not trained but belongs to the model: the routers' selection biases. Live tensors."""
+    return {name: tensor.detach() for name, tensor in live_tensors(chunk).items()}
+
+
+def live_tensors(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The same, the module's own objects."""
     biases = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(_BIAS)}
-    return {name: parameter.detach() for name, parameter in chunk.named_parameters()} | biases
+    return dict(chunk.named_parameters()) | biases
 
 
 class WholeTensors(Mapping[str, torch.Tensor]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -35,7 +35,7 @@ from zerokl.alignment.megatron.core import (
 from zerokl.alignment.megatron.layout import Layout, LayoutError
 from zerokl.alignment.megatron.model_config import ModelConfig, ModelError
 from zerokl.alignment.megatron.optimizer import OptimizerSettings, adam_state, build_optimizer
-from zerokl.alignment.megatron.parts import Holding, WholeTensors, chunk_weights
+from zerokl.alignment.megatron.parts import Holding, WholeTensors, chunk_weights, live_tensors
 from zerokl.alignment.megatron.shard import Held
 from zerokl.alignment.megatron.spec import build_model, build_stock_model
 from zerokl.alignment.megatron.stock import StockModel
@@ -128,6 +128,8 @@ class MegatronPolicy:
         self._holding = Holding.alone(loaded) if stock else Holding.of(self.config, self.layout)
         self._holding.copy(loaded, self._weights)
         self._scorers: list[Any] = [StockModel(chunk) for chunk in self.chunks] if stock else self.chunks
+        # asked before every change of the weights: memory to write the new ones to, by `weight_blocks`' names, or None
+        self.new_memory: Callable[[], Mapping[str, torch.Tensor] | None] = lambda: None
         self._ddps: list[Any] = []
         self._optimizer: Any = None
         if optimizer is not None:
@@ -249,8 +251,27 @@ class MegatronPolicy:
             )
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         clip_grad_by_total_norm_fp32(parameters, self._settings().clip_grad, norm)
+        self._move(keep=False)
         optimizer.step_with_ready_grads()
         return norm
+
+    def _move(self, *, keep: bool) -> None:
+        """Let the weights lie in `new_memory`, if there is any; ``keep``: with the values they have, which the
+        optimizer writes all over."""
+        memory = self.new_memory()
+        if memory is None:
+            return
+        for prefix, chunk in zip(self._prefixes, self.chunks, strict=True):
+            for name, tensor in live_tensors(chunk).items():
+                place = memory[prefix + name].view(tensor.dtype).view(tensor.shape)
+                if keep or getattr(tensor, "main_param", tensor) is tensor:
+                    place.copy_(tensor.detach())
+                tensor.data = place
+
+    @property
+    def _prefixes(self) -> list[str]:
+        """Before each chunk's names: chunks of a stage number their layers alike."""
+        return [f"{index}." if len(self.chunks) > 1 else "" for index in range(len(self.chunks))]
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The rate of the following steps; schedules are the caller's. Raises ValueError if negative or not finite."""
@@ -271,16 +292,15 @@ class MegatronPolicy:
 
     def weight_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Block]]:
         """Where the weights lie: this rank's live parameters, every Hugging Face tensor of the model without memory,
-        and which blocks of those lie where in the parameters. The same memory for the policy's life. Raises LayoutError
-        for stock layers."""
+        and which blocks of those lie where in the parameters. The same memory until `new_memory` gives other. Raises
+        LayoutError for stock layers."""
         if self.stock:
             raise LayoutError("weight_blocks needs zerokl's layers, got stock=True")
         shapes = hf_shapes(self.config).items()
         empty = {name: torch.empty(shape, dtype=hf_dtype(name), device="meta") for name, shape in shapes}
         live: dict[str, torch.Tensor] = {}
         found: list[Block] = []
-        for index, (held, weights) in enumerate(zip(self.held, self._weights, strict=True)):
-            prefix = f"{index}." if len(self.chunks) > 1 else ""  # chunks of a stage number their layers alike
+        for prefix, held, weights in zip(self._prefixes, self.held, self._weights, strict=True):
             live |= {prefix + name: tensor.detach() for name, tensor in weights.items()}
             found += [block._replace(parameter=prefix + block.parameter) for block in blocks(self.config, held)]
         return live, empty, found
@@ -324,21 +344,19 @@ class MegatronPolicy:
         """Continue from `save`, whatever layout it was called in. Raises CheckpointError for a torn checkpoint or one
         of another model; then nothing has changed. Learning rate and the other settings stay as this policy was
         built."""
-        targets = {
-            "model": (self._holding, self._weights),
-            "optimizer": (self._holding.optimizer(), self._optimizer_state()),
-        }
+        holdings = {"model": self._holding, "optimizer": self._holding.optimizer()}
         with checkpoint.load(source) as (files, metadata):
             if metadata["model"] != asdict(self.config):
                 raise checkpoint.CheckpointError(
                     f"{source} holds another model ({metadata['model']}): start from the model it was made with"
                 )
-            for stem, (holding, _) in targets.items():
+            for stem, holding in holdings.items():
                 shapes = {name: tuple(tensor.shape) for name, tensor in holding.empty.items()}
                 dtypes = {name: tensor.dtype for name, tensor in holding.empty.items()}
                 check_tensors(files.get(stem, {}), shapes, dtypes.__getitem__, f"{source}/{stem}.safetensors")
-            for stem, (holding, tensors) in targets.items():
-                holding.copy(files[stem], tensors)
+            self._move(keep=True)
+            for stem, tensors in (("model", self._weights), ("optimizer", self._optimizer_state())):
+                holdings[stem].copy(files[stem], tensors)
         self.step = int(metadata["step"])
         for group in self._trained().param_groups:
             group["step"] = self.step

@@ -22,6 +22,7 @@ from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports import ipc
 from zerokl.weightsync.transports.base import TransferError
 from zerokl.weightsync.transports.copies import bytes_at, target_digests
+from zerokl.weightsync.transports.ipc_layout import Holding, receivers
 from zerokl.weightsync.transports.memory_file import PAGE, SEALS, MemoryFile, map_file
 
 TWO_ENGINES = SglangSizes(engines=2)
@@ -93,7 +94,7 @@ A, B, C = (bytes([number]) * 16 for number in range(3))
 
 
 def holding(process, *held):
-    return ipc.Holding(bytes(16), process, {}, held)
+    return Holding(bytes(16), process, {}, held)
 
 
 def test_a_file_is_written_again_only_when_everyone_who_got_it_says_it_is_free(tmp_path):
@@ -119,9 +120,9 @@ def test_a_file_is_written_again_only_when_everyone_who_got_it_says_it_is_free(t
 
 def test_an_announcement_of_another_attempt_is_refused():
     said = {"rollout-1": msgspec.msgpack.encode(holding(A))}
-    assert list(ipc.receivers(said, bytes(16))) == ["rollout-1"]
+    assert list(receivers(said, bytes(16))) == ["rollout-1"]
     with pytest.raises(TransferError, match="rollout-1 announced what it holds in another attempt"):
-        ipc.receivers(said, B)
+        receivers(said, B)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.layout import Layout, LayoutError
 from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.plan import make_plan
-from zerokl.weightsync.transports import cuda_ipc, delta, disk, ipc, mooncake, rdma
+from zerokl.weightsync.transports import cuda_ipc, delta, disk, ipc_layout, mooncake, rdma
 from zerokl.weightsync.transports.base import TransferError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,8 +106,8 @@ PARSERS = {
     "greeting": lambda data: wire.decode(data, m.Hello),
     "join": lambda data: wire.decode(data, m.Join),
     "listening": wire.parse_listening,
-    "ipc": ipc.parse_export,
-    "ipc holding": lambda data: ipc.parse_holding({"rollout-0": data}, 0),
+    "ipc": ipc_layout.parse_export,
+    "ipc holding": lambda data: ipc_layout.parse_holding({"rollout-0": data}, 0),
     "rdma": rdma.parse,
     "mooncake": mooncake.parse,
     "cuda_ipc": cuda_ipc.parse_export,

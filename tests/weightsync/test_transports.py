@@ -16,6 +16,7 @@ from zerokl.weightsync.plan import make_plan
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.transports import collective, delta, disk, ipc, rdma
 from zerokl.weightsync.transports.base import Job, Room, TransferError
+from zerokl.weightsync.transports.ipc_layout import arrange, parse_export
 
 NAMES = ["ipc", "rdma", "collective", "disk"]
 TRAINER, ROLLOUT = MegatronSizes(tp=2, pp=2, vocabulary_multiple=4), SglangSizes(tp=2, engines=2)
@@ -189,9 +190,10 @@ def test_memory_is_handed_only_to_who_knows_the_nonce(tmp_path):
     left, right = megatron_layout(MODEL, MegatronSizes()), sglang_layout(MODEL, SglangSizes())
     job = Job(bytes(16), "v", make_plan(left, right), 0)
     source, target = ipc.IpcSource(tmp_path), ipc.IpcTarget()
-    export = ipc.parse_export(source.prepare(job, trainer_buffers(MODEL, MegatronSizes(), 0, 1)))
-    endpoints = {"rollout-0": target.prepare(job, Room(right.ranks[0].buffers))}
-    nbytes = ipc.arrange(job.plan, 0, endpoints).nbytes
+    said = source.prepare(job, trainer_buffers(MODEL, MegatronSizes(), 0, 1))
+    export, endpoints = parse_export(said), {"trainer-0": said}
+    endpoints["rollout-0"] = target.prepare(job, Room(right.ranks[0].buffers))
+    nbytes = arrange(job.plan, 0, endpoints).nbytes
     serving = threading.Thread(target=source.transfer, args=(job, endpoints), daemon=True)
     serving.start()
     wrong = msgspec.structs.replace(export, nonce=bytes(16))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -120,6 +120,16 @@ class Source(Protocol):
 
     def finish(self) -> None:
         """The attempt is over, one way or the other: let go of everything. Called in any state."""
+        ...
+
+
+@runtime_checkable
+class Sharing(Source, Protocol):
+    """One whose receivers can read what lies in memory of its own, without a copy."""
+
+    def next_buffers(self, *, committed: bool) -> Buffers | None:
+        """Memory for the next version, of the sizes of the buffers sent last; None before anything was. ``committed``:
+        whether the last transfer was."""
         ...
 
 

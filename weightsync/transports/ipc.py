@@ -1,9 +1,12 @@
-"""`ipc`: both sides on one host. The sender copies its weights into a memory file that receivers map.
+"""`ipc`: both sides on one host. The sender's weights are in a memory file that receivers map.
 
-The file has no name and no path: its descriptor is handed over a UNIX socket to whoever knows the attempt's nonce. It
-is written in the receivers' form, fused parameters in one run, so a receiver's buffer is a view of the mapping and
-nothing is copied there; engines of one form share one copy. Only a buffer that several senders fill is copied at the
-receiver. CPU memory only.
+The file has no name and no path: its descriptor is handed over a UNIX socket to whoever knows the attempt's nonce. The
+sender copies its weights there in the receivers' form, fused parameters in one run, so a receiver's buffer is a view of
+the mapping and nothing is copied there; engines of one form share one copy. Only a buffer that several senders fill is
+copied at the receiver. CPU memory only.
+
+A sender that asks (`next_buffers`) gets memory in a file to write its next version into. What lies there as a receiver
+wants it is never copied at all: trainer and engine read the same bytes, and the trainer's next update goes elsewhere.
 
 A file is written region by region, on all cores. A finished region cannot be written any more (`memory_file.py`); then
 its byte at the end of the file says so, and the receivers digest it while the next ones are copied.
@@ -15,6 +18,7 @@ names stays as it is, and so does one that was ever given to a process that does
 
 from __future__ import annotations
 
+import functools
 import hmac
 import os
 import secrets
@@ -24,14 +28,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
-from zerokl.weightsync.layout import MAX_TENSOR_BYTES, Typed
-from zerokl.weightsync.messages import Nonce, name_of
+from zerokl.weightsync.messages import name_of
 from zerokl.weightsync.plan import Copy, Plan
 from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, TransferError
 from zerokl.weightsync.transports.copies import (
@@ -43,68 +46,65 @@ from zerokl.weightsync.transports.copies import (
     target_view,
     view,
 )  # fmt: skip
-from zerokl.weightsync.transports.memory_file import PAGE, MemoryFile, map_file
+from zerokl.weightsync.transports.ipc_layout import (
+    Export,
+    Holding,
+    Own,
+    Region,
+    arrange,
+    parse_export,
+    placed,
+    receivers,
+)
+from zerokl.weightsync.transports.memory_file import MemoryFile, map_file
 
 _ACCEPT_S = 0.05
 _POLL_S = 0.0005
 _CREDENTIALS = struct.Struct("3i")  # SO_PEERCRED: pid, uid, gid
 
-T = TypeVar("T")
 
-Id = Nonce
-"""Of a file, or of a receiving process: random, made once."""
+class _Mine(NamedTuple):
+    """The file that the sender's own buffers lie in, at its beginning."""
 
+    file: MemoryFile
+    own: Own
+    buffers: Buffers
 
-class Holding(Typed, frozen=True):
-    """What a receiver announces: its buffers (name -> bytes), and ``held``, the files its live version lies in."""
-
-    attempt: Nonce
-    process: Id
-    sizes: dict[str, Annotated[int, msgspec.Meta(ge=0, le=MAX_TENSOR_BYTES)]]
-    held: tuple[Id, ...]
-
-
-class Export(Typed, frozen=True):
-    """What a sender announces: where its file is to be had."""
-
-    path: Annotated[str, msgspec.Meta(max_length=100)]
-    nonce: Nonce
+    def holds(self, buffers: Buffers) -> bool:
+        """Whether these are they."""
+        return buffers.keys() == self.buffers.keys() and all(
+            buffer.data_ptr() == self.buffers[name].data_ptr() for name, buffer in buffers.items()
+        )
 
 
-class Region(Typed, frozen=True):
-    """Part of the file: a receiver's ``whole`` buffer as it will lie there, or the sender's copies for a buffer that
-    others fill too, one after the other. ``index``: its number, and that of its byte in `Arrangement.progress`."""
+class _Sent(NamedTuple):
+    """The last transfer: from which file, and which processes it was meant for."""
 
-    index: int
-    offset: int
-    nbytes: int
-    whole: bool
-    copies: tuple[Copy, ...]
-
-
-class Arrangement(NamedTuple):
-    """What lies where in a sender's file of ``nbytes``: (target, buffer) -> region; from ``progress`` on, one byte for
-    each region, 1 when it is finished."""
-
-    regions: dict[tuple[int, str], Region]
-    progress: int
-    nbytes: int
+    plan: Plan
+    rank: int
+    endpoints: Mapping[str, bytes]
+    file: MemoryFile
+    present: set[bytes]
 
 
 class IpcSource:
-    """Exports the sender's weights: one copy of each byte, into the file."""
+    """Exports the sender's weights: at most one copy of each byte, into the file."""
 
     name = "ipc"
 
     def __init__(self, folder: Path | None) -> None:
         """``folder``: of this host and user alone, for the socket that hands out the file; None: one of its own."""
-        self._own = tempfile.TemporaryDirectory(prefix="zerokl-") if folder is None else None
-        self._folder = folder or Path(self._own.name if self._own else "")
+        self._temporary = tempfile.TemporaryDirectory(prefix="zerokl-") if folder is None else None
+        self._folder = folder or Path(self._temporary.name if self._temporary else "")
         self._socket: socket.socket | None = None
         self._path = self._folder / "none"
         self._nonce = b""
         self._sources: dict[str, np.ndarray] = {}
+        self._sizes: dict[str, int] = {}
         self._files: list[MemoryFile] = []
+        self._mine: _Mine | None = None
+        self._sent: _Sent | None = None
+        self._served: MemoryFile | None = None
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
         self.finish()
@@ -115,18 +115,28 @@ class IpcSource:
         self._socket.listen(128)
         self._socket.settimeout(_ACCEPT_S)
         self._sources, self._nonce = {name: buffer.numpy() for name, buffer in buffers.items()}, secrets.token_bytes(16)
-        return msgspec.msgpack.encode(Export(str(self._path), self._nonce))
+        self._sizes = {name: buffer.numel() for name, buffer in buffers.items()}
+        if self._mine is not None and not self._mine.holds(buffers):
+            self._leave(self._mine.file)
+        own = self._mine.own if self._mine else Own({}, 0)
+        return msgspec.msgpack.encode(Export(str(self._path), self._nonce, own))
 
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
         plan = arrange(job.plan, job.rank, endpoints)
-        regions = sorted(set(plan.regions.values()), key=lambda region: -region.nbytes)
-        if not regions:
+        if not plan.regions:
             return 0
-        file = self._file(plan.nbytes, receivers(endpoints, job.attempt))
-        file.bytes[plan.progress :] = 0
+        present = receivers(endpoints, job.attempt)
+        file = self._file(plan.nbytes, present)
+        self._sent = _Sent(job.plan, job.rank, endpoints, file, {holding.process for holding in present.values()})
+        # sent again without an update in between: somebody may serve from it, and what they serve was verified
+        finished = any(file.id in holding.held for holding in present.values())
+        regions = sorted(set(plan.regions.values()), key=lambda region: (region.there, -region.nbytes))
+        if not finished:
+            self._begin(file, plan.progress, regions)
         left, waiting = iter(regions), {name_of(source=False, rank=target) for target, _ in plan.regions}
+        write = functools.partial(self._write, job, file, left, plan.progress, finished=finished)
         with ThreadPoolExecutor(THREADS) as pool:  # leaving it waits for the writers, which end with the attempt
-            writers = [pool.submit(self._write, job, file, left, plan.progress) for _ in range(THREADS)]
+            writers = [pool.submit(write) for _ in range(THREADS)]
             while waiting:
                 job.check(", ".join(sorted(waiting)) + " to fetch the weights")
                 for writer in writers:
@@ -136,7 +146,7 @@ class IpcSource:
             wait(writers, return_when=FIRST_EXCEPTION)
             for writer in writers:
                 writer.result()
-        return sum(copy.nbytes for region in regions for copy in region.copies)
+        return sum(copy.nbytes for region in regions if not region.there for copy in region.copies) * (not finished)
 
     def finish(self) -> None:
         if self._socket is not None:
@@ -144,6 +154,24 @@ class IpcSource:
             self._path.unlink(missing_ok=True)
             self._socket = None
         self._sources = {}
+
+    def next_buffers(self, *, committed: bool) -> Buffers | None:
+        """Memory for the next version, in buffers of the sizes of those sent last; None before anything was sent.
+        Nobody can read it before it is sent itself. ``committed``: whether the last transfer was; then everybody serves
+        from its file, and an older one may be free. Raises TransferError if there is no memory for it."""
+        sent = self._sent
+        if sent is None:
+            return None
+        own = Own.of(self._sizes)
+        nbytes = arrange(sent.plan, sent.rank, sent.endpoints, own).nbytes
+        elsewhere = sent.present if committed else set()
+        free = [f for f in self._files if f.nbytes == nbytes and f is not sent.file and f.given <= elsewhere]
+        file = free[0] if free else self._new(nbytes)
+        self._served = sent.file if committed else self._served
+        self._files = [f for f in dict.fromkeys((self._served, sent.file, file)) if f is not None]
+        file.protect(0, own.nbytes, writable=True)
+        self._mine = _Mine(file, own, {name: file.bytes[at : at + n] for name, (at, n) in own.buffers.items()})
+        return self._mine.buffers
 
     def new_file(self, nbytes: int) -> MemoryFile:
         """A file of this size. Raises OSError if there is not enough memory."""
@@ -153,31 +181,55 @@ class IpcSource:
         """Write every copy of a region to its place in it; returns the digests of what was read."""
         digests, target = {}, memory.numpy()
         for copy, offset, pitch in placed(region):
-            source = self._sources[copy.source_buffer]
-            here = bytes_at(source, copy.source_offset, copy.source_pitch, copy)
-            digests[copy] = move_and_digest(bytes_at(target, offset, pitch, copy), here)
+            digests[copy] = move_and_digest(bytes_at(target, offset, pitch, copy), self._source(copy))
         return digests
 
+    def _source(self, copy: Copy) -> np.ndarray:
+        return bytes_at(self._sources[copy.source_buffer], copy.source_offset, copy.source_pitch, copy)
+
     def _file(self, nbytes: int, present: Mapping[str, Holding]) -> MemoryFile:
-        """A file that nobody serves from: an earlier one, or else a new one. Raises TransferError if there is no memory
-        for it."""
+        """The file that the sender's buffers lie in; or one that nobody serves from, an earlier or a new one. Raises
+        TransferError if there is no memory for it."""
         known = {holding.process for holding in present.values()}
         held = {file for holding in present.values() for file in holding.held}
-        free = [f for f in self._files if f.nbytes == nbytes and f.id not in held and f.given <= known][:1]
-        self._files = [f for f in self._files if f.id in held] + free  # the others stay with whoever maps them
-        if not free:
-            try:
-                free = [self.new_file(nbytes)]
-            except OSError as error:
-                raise TransferError(f"cannot export {nbytes} bytes of weights: {error.strerror}") from error
-            self._files += free
-        free[0].given |= known
-        return free[0]
+        if self._mine is not None:
+            file = self._mine.file
+            if file.nbytes != nbytes:
+                self._leave(file)  # the next attempt copies
+                raise TransferError(f"receivers want {nbytes} bytes now, the file made for them has {file.nbytes}")
+        else:
+            free = [f for f in self._files if f.nbytes == nbytes and f.id not in held and f.given <= known][:1]
+            file = free[0] if free else self._new(nbytes)
+            self._files = [f for f in self._files if f.id in held] + [file]  # the others stay with whoever maps them
+        file.given |= known
+        return file
 
-    def _write(self, job: Job, file: MemoryFile, left: Iterator[Region], progress: int) -> None:
-        """Write regions until none is left. Runs in several threads, which share the iterator."""
+    def _leave(self, file: MemoryFile) -> None:
+        """Never write this file again: it may be the sender's only copy of its weights."""
+        self._mine, self._files = None, [f for f in self._files if f is not file]
+
+    def _new(self, nbytes: int) -> MemoryFile:
+        try:
+            return self.new_file(nbytes)
+        except OSError as error:
+            raise TransferError(f"cannot export {nbytes} bytes of weights: {error.strerror}") from error
+
+    def _begin(self, file: MemoryFile, progress: int, regions: list[Region]) -> None:
+        """Nothing of the file is finished but what lies there already."""
+        if self._mine is not None:
+            file.protect(0, self._mine.own.nbytes, writable=False)
+        file.bytes[progress:] = 0
+        for region in regions:
+            file.bytes[progress + region.index] = region.there
+
+    def _write(self, job: Job, file: MemoryFile, left: Iterator[Region], progress: int, *, finished: bool) -> None:
+        """Write regions until none is left, or only digest what is finished. Runs in several threads, which share the
+        iterator."""
         for region in left:
             job.check("its own copies")
+            if region.there or finished:
+                job.digests.update({copy: digest(self._source(copy)) for copy in region.copies})
+                continue
             with file.writable(region.offset, region.nbytes) as memory:
                 found = self.fill(memory, region)
             job.digests.update(found)
@@ -306,73 +358,3 @@ def _copy(buffers: Buffers, region: Region, data: torch.Tensor) -> int:
     for copy, offset, pitch in placed(region):
         move(target_view(buffers, copy), view(data, offset, pitch, copy))
     return sum(copy.nbytes for copy in region.copies)
-
-
-def arrange(plan: Plan, source: int, endpoints: Mapping[str, bytes]) -> Arrangement:
-    """What lies where in a sender's file. Both sides compute it, from the plan and from the sizes that the receivers
-    announced. Raises TransferError where those do not fit the plan."""
-    copies: dict[tuple[int, str], list[Copy]] = {}
-    senders: dict[tuple[int, str], set[int]] = {}
-    for batch in plan.batches:
-        for copy in batch.copies:
-            place = batch.target, copy.target_buffer
-            senders.setdefault(place, set()).add(batch.source)
-            if batch.source == source:
-                copies.setdefault(place, []).append(copy)
-    announced = {target: parse_holding(endpoints, target).sizes for target in {target for target, _ in copies}}
-    known: dict[tuple[int, tuple[Copy, ...]], Region] = {}
-    regions, end = {}, 0
-    for (target, buffer), parts in copies.items():
-        whole = len(senders[target, buffer]) == 1
-        extent = max(c.target_offset + (c.rows - 1) * c.target_pitch + c.row_bytes for c in parts)
-        size = announced[target].get(buffer, 0) if whole else sum(copy.nbytes for copy in parts)
-        if whole and size < extent:
-            raise TransferError(f"{name_of(source=False, rank=target)} has {size} bytes in {buffer!r}, not {extent}")
-        key = size if whole else -1, tuple(parts)
-        if key not in known:
-            known[key] = Region(len(known), end, size, whole, key[1])
-            end += _pages(size)
-        regions[target, buffer] = known[key]
-    return Arrangement(regions, end, end + _pages(len(known)))
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
-
-
-def placed(region: Region) -> Iterator[tuple[Copy, int, int]]:
-    """Every copy of a region with the offset of its first byte in it, and the bytes from row to row."""
-    end = 0
-    for copy in region.copies:
-        yield (copy, copy.target_offset, copy.target_pitch) if region.whole else (copy, end, copy.row_bytes)
-        end += copy.nbytes
-
-
-def parse_export(data: bytes) -> Export:
-    """Decode what a sender announced. Raises TransferError for anything but a well-formed export."""
-    return _parse(data, Export)
-
-
-def parse_holding(endpoints: Mapping[str, bytes], target: int) -> Holding:
-    """Decode what a receiver announced. Raises TransferError for anything else."""
-    return _parse(endpoints.get(name_of(source=False, rank=target), b""), Holding)
-
-
-def receivers(endpoints: Mapping[str, bytes], attempt: bytes) -> dict[str, Holding]:
-    """What all receivers announced, by name. Raises TransferError for what was said in another attempt: a file that was
-    free then may be served now."""
-    found = {name: _parse(data, Holding) for name, data in endpoints.items() if name.startswith("rollout-")}
-    for name, holding in found.items():
-        if holding.attempt != attempt:
-            raise TransferError(f"{name} announced what it holds in another attempt")
-    return found
-
-
-def _parse(data: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TransferError(f"not an ipc endpoint: {error}") from error
-
-
-_KNOWN = [msgspec.msgpack.Decoder(kind) for kind in (Export, Holding)]  # before threads decode them (`messages`)

@@ -48,13 +48,15 @@ class MemoryFile:
     @contextlib.contextmanager
     def writable(self, offset: int, nbytes: int) -> Iterator[torch.Tensor]:
         """A region, uint8 [nbytes], which nobody can write any more when this ends. ``offset``: at a page's start."""
-        self._protect(offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.protect(offset, nbytes, writable=True)
         try:
             yield self.bytes[offset : offset + nbytes]
         finally:
-            self._protect(offset, nbytes, mmap.PROT_READ)
+            self.protect(offset, nbytes, writable=False)
 
-    def _protect(self, offset: int, nbytes: int, access: int) -> None:
+    def protect(self, offset: int, nbytes: int, *, writable: bool) -> None:
+        """Let this process write a region from now on, or nobody. ``offset``: at a page's start."""
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         start = ctypes.c_void_p(self.bytes.data_ptr() + offset)
         if _libc.mprotect(start, ctypes.c_size_t(nbytes), access):  # whole pages; the rest of the last one is padding
             error = ctypes.get_errno()
