@@ -225,3 +225,53 @@ def test_portable_adam_is_adamw():
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     assert portable.param_groups[0]["step"] == 5
     assert portable.state[ours].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+class Turns:
+    """New memory for every version, full of garbage; ``versions``: all that there were."""
+
+    def __init__(self, policy):
+        self.policy, self.versions = policy, []
+
+    def __call__(self):
+        live, _, _ = self.policy.weight_blocks()
+        garbage = {name: torch.full((x.nbytes,), 0xFF, dtype=torch.uint8) for name, x in live.items()}
+        self.versions.append(garbage)
+        return garbage
+
+
+def as_they_lie(policy):
+    live, _, _ = policy.weight_blocks()
+    return {name: (x.data_ptr(), x.view(-1).view(torch.uint8).clone()) for name, x in live.items()}
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied", "glm4-moe"])  # with what is not trained, too
+def test_new_memory_takes_the_new_weights_and_leaves_the_old(trainer, make_pairs, pack, tmp_path, name):
+    batches = [[pack(make_pairs(LENGTHS, seed=seed))] for seed in range(3)]
+    plain = trainer(name)
+    expected = [(plain.train_step(batch, mean_loss), plain.weights_digest()) for batch in batches]
+    moving = trainer(name)
+    moving.save(tmp_path / "start")
+    memory = moving.new_memory = Turns(moving)
+    for number, batch in enumerate(batches):
+        before = as_they_lie(moving)
+        result = moving.train_step(batch, mean_loss)
+        assert (result.loss, result.grad_norm) == (expected[number][0].loss, expected[number][0].grad_norm)
+        assert moving.weights_digest() == expected[number][1]
+        assert len(memory.versions) == number + 1
+        for key, (place, _) in as_they_lie(moving).items():
+            assert place == memory.versions[-1][key].data_ptr() != before[key][0]
+        if number:
+            assert all(torch.equal(memory.versions[-2][key], held) for key, (_, held) in before.items())
+    last = {key: held.clone() for key, held in memory.versions[-1].items()}
+    moving.load(tmp_path / "start")
+    assert moving.weights_digest() == trainer(name).weights_digest()
+    assert all(torch.equal(memory.versions[-2][key], held) for key, held in last.items())
+
+
+def test_a_step_that_fails_asks_for_no_memory(trainer, make_pairs, pack):
+    policy = trainer()
+    memory = policy.new_memory = Turns(policy)
+    with pytest.raises(FloatingPointError):
+        policy.train_step([pack(make_pairs(LENGTHS))], lambda logprobs, _: logprobs.mean() * float("nan"))
+    assert memory.versions == []
