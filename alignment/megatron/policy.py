@@ -251,20 +251,19 @@ class MegatronPolicy:
             )
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         clip_grad_by_total_norm_fp32(parameters, self._settings().clip_grad, norm)
-        self._move(keep=False)
+        self._move()
         optimizer.step_with_ready_grads()
         return norm
 
-    def _move(self, *, keep: bool) -> None:
-        """Let the weights lie in `new_memory`, if there is any; ``keep``: with the values they have, which the
-        optimizer writes all over."""
+    def _move(self) -> None:
+        """Let the weights lie in `new_memory`, if there is any. What is trained gets no values there: they follow."""
         memory = self.new_memory()
         if memory is None:
             return
         for prefix, chunk in zip(self._prefixes, self.chunks, strict=True):
             for name, tensor in live_tensors(chunk).items():
                 place = memory[prefix + name].view(tensor.dtype).view(tensor.shape)
-                if keep or getattr(tensor, "main_param", tensor) is tensor:
+                if getattr(tensor, "main_param", tensor) is tensor:
                     place.copy_(tensor.detach())
                 tensor.data = place
 
@@ -354,7 +353,7 @@ class MegatronPolicy:
                 shapes = {name: tuple(tensor.shape) for name, tensor in holding.empty.items()}
                 dtypes = {name: tensor.dtype for name, tensor in holding.empty.items()}
                 check_tensors(files.get(stem, {}), shapes, dtypes.__getitem__, f"{source}/{stem}.safetensors")
-            self._move(keep=True)
+            self._move()
             for stem, tensors in (("model", self._weights), ("optimizer", self._optimizer_state())):
                 holdings[stem].copy(files[stem], tensors)
         self.step = int(metadata["step"])

@@ -137,7 +137,8 @@ def test_every_step_agrees_bit_for_bit(whole):
         assert (s["mismatched_tokens"], s["max_abs_diff"], s["kl_k1"], s["kl_k3"]) == (0, 0.0, 0.0, 0.0)
         assert s["weight_version"] == str(s["step"])
         assert s["sync_bytes"] > 1_000_000
-        assert (s["sync_transport"], s["sync_copied_bytes"]) == ("ipc", s["sync_bytes"])
+        assert s["sync_transport"] == "ipc"
+        assert 0 < s["sync_copied_bytes"] < s["sync_bytes"] / 2  # only what Megatron and SGLang lay out differently
         assert s["sync_engine_copied_bytes"] == 0
         assert s["sync_pause_ms"] > 0
     assert any(s["grad_norm"] > 0 for s in recorded)
