@@ -102,22 +102,48 @@ def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(sta
     fault_row("collective: TCP cut", "transfer", f"{end.fired} sockets shut", outcome.cause)
 
 
-def test_rdma_over_a_network_that_goes_down_starts_afresh(start, fault_row):
-    """What UCX has under way may still arrive; its agents are of no use afterwards, and must be replaced."""
+@pytest.mark.parametrize("when", ["transfer", "before"])
+def test_rdma_over_a_network_that_goes_down_starts_afresh(start, when, fault_row):
+    """What UCX has under way may still arrive; its agents are of no use afterwards, and are replaced in the very next
+    attempt."""
     ends_over_tcp = [rdma.RdmaSource(devices="lo")], [rdma.RdmaTarget(devices="lo") for _ in range(2)]
     run = start("rdma", Interrupted, made=ends_over_tcp, deadlines=replace(QUICK, transfer=5))
-    end = run.receivers[1]._transport
+    end, source = run.receivers[1]._transport, run.sources[0]._transport
     assert run.sync("v1", seed=1).committed
-    end.armed = cut_tcp
-    outcomes = [run.sync(f"v{seed}", seed) for seed in (2, 3, 4, 5)]
+    agent, in_transfer = source._agent, when == "transfer"
+    if in_transfer:
+        end.armed = cut_tcp
+        outcome = run.sync("v2", seed=2)
+        assert outcome.committed or "write" in outcome.cause  # what was on its way may have arrived
+        cause = outcome.cause or "it had all arrived"
+    else:
+        end.fired, cause = cut_tcp(), "not noticed before the next transfer"
     assert end.fired > 0  # the witness
-    failed = [outcome.cause for outcome in outcomes if not outcome.committed]
-    assert failed
-    assert all("NIXL cannot register memory" in cause or "write" in cause for cause in failed)
-    assert outcomes[-1].committed
-    assert run.serving() == ["v5", "v5"]
-    assert run.all_hold(5)
-    fault_row("rdma: TCP cut", "transfer", f"{end.fired} sockets shut", "; ".join(failed))
+    for seed in (3, 4, 5):
+        outcome = run.sync(f"v{seed}", seed)
+        assert outcome.committed, outcome
+        assert run.serving() == [f"v{seed}"] * 2
+        assert run.all_hold(seed)
+    assert source._agent is not agent
+    fault_row("rdma: TCP cut", when, f"{end.fired} sockets shut", f"{cause}; the next one commits")
+
+
+def test_rdma_that_registers_nothing_with_a_new_agent_either_says_so(start, monkeypatch):
+    run = start("rdma")
+    assert run.sync("v1", seed=1).committed
+    agent = run.sources[0]._transport._agent
+
+    def refuse(*_):
+        raise ValueError("no memory is good enough")
+
+    monkeypatch.setattr(rdma._Agent, "register", refuse)
+    outcome = run.sync("v2", seed=2)
+    assert (outcome.committed, outcome.failed_in) == (False, "prepare")
+    assert "NIXL cannot register memory: ValueError: no memory is good enough" in outcome.cause
+    monkeypatch.undo()
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
+    assert run.sources[0]._transport._agent is not agent
 
 
 @pytest.mark.parametrize("name", ["ipc", "rdma", "collective", "disk"])

@@ -94,12 +94,8 @@ class RdmaSource:
         self._handles: list[Any] = []
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
-        self._agent = self._agent or _Agent(self._devices)
-        try:
-            self._agent.register(buffers)
-        except self._agent.errors as error:
-            self._agent = None
-            raise _broken(error) from error
+        agent, self._agent = self._agent, None  # unless it registers: a broken one is of no use to the next attempt
+        self._agent = _registered(agent, self._devices, buffers)
         self._buffers = buffers
         return b""
 
@@ -174,14 +170,10 @@ class RdmaTarget:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
-        self._agent = self._agent or _Agent(self._devices)
         self._given, self._room = room, room if self._device is None else room.on(self._device, self._room)
         self._buffers = self._room.all()
-        try:
-            self._agent.register(self._buffers)
-        except self._agent.errors as error:
-            self._agent = None
-            raise _broken(error) from error
+        agent, self._agent = self._agent, None
+        self._agent = _registered(agent, self._devices, self._buffers)
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
         return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places, gpu_of(self._buffers)))
 
@@ -203,9 +195,21 @@ class RdmaTarget:
         self._buffers = {}
 
 
-def _broken(error: Exception) -> TransferError:
-    """An agent whose network went down registers nothing any more; the next attempt makes a new one."""
-    return TransferError(f"NIXL cannot register memory: {type(error).__name__}: {error}")
+def _registered(agent: _Agent | None, devices: str, buffers: Buffers) -> _Agent:
+    """The agent with these buffers registered, or a new one: an agent whose network went down registers nothing any
+    more. Raises TransferError if the new one registers nothing either."""
+    if agent is not None:
+        try:
+            agent.register(buffers)
+            return agent
+        except agent.errors:
+            del agent  # gives back its sockets and memory; the next one takes tens of milliseconds, UCX being loaded
+    fresh = _Agent(devices)
+    try:
+        fresh.register(buffers)
+    except fresh.errors as error:
+        raise TransferError(f"NIXL cannot register memory: {type(error).__name__}: {error}") from error
+    return fresh
 
 
 def parse(data: bytes) -> Registered:
