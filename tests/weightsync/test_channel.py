@@ -14,6 +14,7 @@ from zerokl.weightsync import wire
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.megatron_layout import MegatronSizes
+from zerokl.weightsync.protocol import Deadlines
 from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
 
@@ -104,6 +105,28 @@ def test_every_engine_is_told_what_to_do_with_requests_under_way(start, in_fligh
     assert outcome.committed
     assert [engine.in_flight for engine in run.engines] == [in_flight] * 2
     assert outcome.paused_s > 0
+
+
+def test_who_hears_nothing_from_the_coordinator_gives_up(start):
+    """As soon as the longest phase's time and that of an abort have passed, which the coordinator has said in PLAN."""
+    silent, over = threading.Event(), threading.Event()
+    run = start(1, 2, rollout=SglangSizes(engines=2), observe=lambda _: silent.is_set() and over.wait(60))
+    assert run.sync("v1", seed=1).committed
+    silent.set()
+    patient = Deadlines(plan=0.1, prepare=0.2, transfer=0.3, verify=0.1, commit=0.1, resume=60, abort=0.2)
+    syncing = threading.Thread(target=lambda: run.sender.sync("v2", deadlines=patient))
+    began = time.monotonic()
+    syncing.start()
+    try:
+        for receiver in run.receivers:
+            eventually(lambda member=receiver: member.last_error == "waited for the coordinator in state planned")
+        assert time.monotonic() - began >= 0.3 + 0.2
+        assert run.serving() == ["v1", "v1"]
+    finally:
+        over.set()
+        syncing.join()
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
 
 
 def test_a_slow_transport_is_refused(start):

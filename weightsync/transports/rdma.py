@@ -52,14 +52,17 @@ class _Agent:
         # without a thread of its own: both sides poll while they transfer, and an idle engine needs its cores
         settings = api.nixl_agent_config(enable_prog_thread=False, backends=[])
         self.api: Any = api.nixl_agent(secrets.token_hex(16), settings)
-        # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on, on
-        # endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
-        self.api.create_backend(_BACKEND, {"ucx_devices": devices})
         bindings = importlib.import_module(f"{package}._bindings")
         classes = [
             value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
         ]
         self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *classes)  # they have no common base
+        try:
+            # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on,
+            # on endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
+            self.api.create_backend(_BACKEND, {"ucx_devices": devices})
+        except self.errors as error:
+            raise TransferError(f"NIXL reaches no network: {type(error).__name__}: {error}") from error
         self._registered: dict[_Places, tuple[Any, list[torch.Tensor]]] = {}
 
     def register(self, buffers: Buffers) -> None:
