@@ -9,6 +9,7 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -72,9 +73,8 @@ class Interrupted:
         return self.inner.transfer(job, endpoints)
 
 
-def cut_tcp() -> int:
-    """Shut down every TCP connection of this process; how many."""
-    cut = 0
+def tcp_connections() -> Iterator[socket.socket]:
+    """Every TCP connection of this process, open while it is looked at."""
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile, or no connection
             if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
@@ -82,8 +82,16 @@ def cut_tcp() -> int:
             with socket.socket(fileno=os.dup(int(entry))) as found:
                 if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM:
                     found.getpeername()
-                    found.shutdown(socket.SHUT_RDWR)
-                    cut += 1
+                    yield found
+
+
+def cut_tcp() -> int:
+    """Shut down every TCP connection of this process; how many."""
+    cut = 0
+    for found in tcp_connections():
+        with contextlib.suppress(OSError):  # its other end was faster
+            found.shutdown(socket.SHUT_RDWR)
+            cut += 1
     return cut
 
 
@@ -111,6 +119,8 @@ def test_rdma_over_a_network_that_goes_down_starts_afresh(start, when, fault_row
     run = start("rdma", Interrupted, made=ends_over_tcp, deadlines=replace(QUICK, transfer=5))
     end, source = run.receivers[1]._transport, run.sources[0]._transport
     assert run.sync("v1", seed=1).committed
+    # so often TCP asks again before it gives up, and with it the thread that connects
+    assert 2 in [found.getsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT) for found in tcp_connections()]
     agent, in_transfer = source._agent, when == "transfer"
     if in_transfer:
         end.armed = cut_tcp

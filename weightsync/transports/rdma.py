@@ -27,6 +27,9 @@ from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Trans
 PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
+_SETTINGS = "TCP_SYN_CNT=2"
+"""UCX connects in a call that does not return before TCP gives up, or tries again after the link has come back: as long
+again as the link was down, up to two minutes. With two repetitions TCP gives up after seven seconds."""
 
 _Places = frozenset[tuple[int, int]]
 """(address, bytes) of the buffers of one set."""
@@ -60,7 +63,7 @@ class _Agent:
         try:
             # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on,
             # on endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
-            self.api.create_backend(_BACKEND, {"ucx_devices": devices})
+            self.api.create_backend(_BACKEND, {"ucx_devices": devices, "engine_config": _SETTINGS})
         except self.errors as error:
             raise TransferError(f"NIXL reaches no network: {type(error).__name__}: {error}") from error
         self._registered: dict[_Places, tuple[Any, list[torch.Tensor]]] = {}
