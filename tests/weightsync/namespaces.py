@@ -203,8 +203,8 @@ class Run(processes.Run):
 
     def __init__(self, folder: Path, transport: str):
         folder.mkdir(mode=0o700)
-        self.transport, self.seeds, self.version, self.memory = transport, {"v1": 1}, "v1", set()
-        self.trainer = processes.Child(trainer, folder, transport)
+        self.transport, self.seeds, self.version = transport, {}, ""
+        self.trainer, self.senders = processes.Child(trainer, folder, transport), []
         self.engines = [processes.Child(engine, folder, transport, rank) for rank in range(2)]
 
     def __enter__(self):

@@ -20,7 +20,7 @@ import parties
 import torch
 
 from zerokl.weightsync.channel import WeightSender
-from zerokl.weightsync.megatron_layout import megatron_layout
+from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.protocol import Deadlines
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
@@ -40,7 +40,7 @@ def waited_out(step: str) -> Deadlines:
 PATIENCE_S = 100.0
 USED = ("channel", "members", "quantised", "transports.collective", "transports.disk", "transports.rdma")
 NIXL = [f"{package}.{module}" for package in rdma.PACKAGES for module in ("_api", "_bindings")]
-ENGINES = SglangSizes(engines=2)
+TRAINER, ENGINES = MegatronSizes(tp=2, vocabulary_multiple=4), SglangSizes(engines=2)
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
 
@@ -58,7 +58,7 @@ def source_end(transport: str, folder: Path):
         case "rdma":
             return rdma.RdmaSource()
         case "collective":
-            return collective.CollectiveSource(folder, ranks=(1, 2))
+            return collective.CollectiveSource(folder, ranks=(2, 2))
     return disk.DiskSource(folder / "disk", delta_below=2)
 
 
@@ -69,7 +69,7 @@ def target_end(transport: str, folder: Path):
         case "rdma":
             return rdma.RdmaTarget()
         case "collective":
-            return collective.CollectiveTarget(folder, ranks=(1, 2))
+            return collective.CollectiveTarget(folder, ranks=(2, 2))
     return disk.DiskTarget()
 
 
@@ -93,20 +93,40 @@ class Saboteur:
             time.sleep(0.3)  # the other threads of a process stop a moment later than this one
 
 
-def trainer(folder: Path, transport: str, pipe) -> None:
+def sender(folder: Path, transport: str, rank: int, pipe) -> None:
+    """A sending rank without the coordinator."""
     torch.set_num_threads(1)
-    saboteur, address = Saboteur(), folder / "s"
-    sender = WeightSender(address, parties.TOKEN, sources=1, receivers=2, deadlines=LONG, observe=saboteur)
-    source = WeightSource(
-        address, parties.TOKEN, megatron_layout(parties.MODEL, parties.ONE), 0, source_end(transport, folder)
-    )
+    saboteur = Saboteur()
+    source = new_source(folder, transport, rank, saboteur)
+    for request in requests(pipe):
+        match request:
+            case "load", seed:
+                source.buffers = parties.trainer_buffers(parties.MODEL, TRAINER, rank, seed)
+                pipe.send("loaded")
+            case "fault", step, signal_:
+                saboteur.step, saboteur.signal = step, signal_
+                pipe.send("armed")
+
+
+def new_source(folder: Path, transport: str, rank: int, observe=lambda _: None) -> WeightSource:
+    layout, end = megatron_layout(parties.MODEL, TRAINER), source_end(transport, folder)
+    source = WeightSource(folder / "s", parties.TOKEN, layout, rank, end, observe=observe)
     source.start()
+    return source
+
+
+def trainer(folder: Path, transport: str, pipe) -> None:
+    """The coordinator, and the first sending rank."""
+    torch.set_num_threads(1)
+    saboteur = Saboteur()
+    coordinator = WeightSender(folder / "s", parties.TOKEN, sources=2, receivers=2, deadlines=LONG, observe=saboteur)
+    source = new_source(folder, transport, 0)
     for request in requests(pipe):
         match request:
             case "sync", version, seed, deadlines:
-                sender.wait(PATIENCE_S)
-                source.buffers = parties.trainer_buffers(parties.MODEL, parties.ONE, 0, seed)
-                pipe.send(sender.sync(version, deadlines=deadlines))
+                coordinator.wait(PATIENCE_S)
+                source.buffers = parties.trainer_buffers(parties.MODEL, TRAINER, 0, seed)
+                pipe.send(coordinator.sync(version, deadlines=deadlines))
             case "fault", step, signal_:
                 saboteur.step, saboteur.signal = step, signal_
                 pipe.send("armed")
@@ -208,7 +228,8 @@ class Child:
 
 
 class Run:
-    """One trainer and two engines with version v1, and then one version after the other; ends all of them.
+    """A trainer, another sending rank and two engines with version v1, and then one version after the other; ends all
+    of them.
 
     ``version``: the last one that is known to be committed.
     """
@@ -216,17 +237,17 @@ class Run:
     def __init__(self, folder: Path, transport: str):
         folder.mkdir(mode=0o700)
         self.folder, self.transport = folder, transport
-        self.seeds, self.version, self.memory = {"v1": 1}, "v1", set()
-        self.trainer = Child(trainer, folder, transport)
+        self.seeds, self.version, self.memory = dict[str, int](), "", set[str]()
+        self.trainer, self.senders = Child(trainer, folder, transport), [Child(sender, folder, transport, 1)]
         self.engines = [Child(engine, folder, transport, rank) for rank in range(2)]
 
     @property
     def children(self) -> list[Child]:
-        return [self.trainer, *self.engines]
+        return [self.trainer, *self.senders, *self.engines]
 
     def __enter__(self):
         try:
-            outcome = self._sync("v1", LONG)
+            outcome = self.next_sync()
             assert outcome.committed, outcome
         except BaseException:
             self.__exit__()
@@ -239,8 +260,10 @@ class Run:
 
     def begin(self, deadlines=LONG) -> str:
         """Have the next version sent; its name. The outcome is the trainer's next answer."""
-        seed = max(self.seeds.values()) + 1
+        seed = max(self.seeds.values(), default=0) + 1
         self.seeds[f"v{seed}"] = seed
+        for child in self.senders:
+            child.ask("load", seed)
         self.trainer.pipe.send(("sync", f"v{seed}", seed, deadlines))
         return f"v{seed}"
 
@@ -250,9 +273,6 @@ class Run:
         outcome = self.trainer.answer(3 * PATIENCE_S)
         self.version = version if outcome.committed else self.version
         return outcome
-
-    def _sync(self, version, deadlines):
-        return self.trainer.ask("sync", version, self.seeds[version], deadlines, timeout_s=3 * PATIENCE_S)
 
     def _ask(self, rank):
         version, whole, running, state = self.engines[rank].ask("serving", self.seeds)
@@ -295,7 +315,8 @@ class Run:
         for child in self.children:
             self.memory |= child.shared_memory()
             files = child.weight_files()
-            assert len(files) <= 2, f"{len(files)} files of weights in one process; two take turns"
+            limit = 2 * (1 + len(self.senders)) if child in self.engines else 2
+            assert len(files) <= limit, f"{len(files)} files of weights in one process; two of each sender take turns"
 
     def left(self) -> set[str]:
         """What is left of their shared memory now that they have ended."""
@@ -305,6 +326,10 @@ class Run:
     def restart_engine(self, rank):
         self.engines[rank].end()
         self.engines[rank] = Child(engine, self.folder, self.transport, rank)
+
+    def restart_sender(self):
+        self.senders[0].end()
+        self.senders[0] = Child(sender, self.folder, self.transport, 1)
 
     def restart_trainer(self):
         self.trainer.end()

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import parties
 import pytest
@@ -82,6 +83,32 @@ def test_only_what_several_ranks_hold_parts_of_is_copied_by_the_engine(start):
     assert len(views) <= 2
 
 
+def test_what_is_served_does_not_change_while_the_next_version_arrives(start):
+    """Parts of it lie in memory of several senders, each of which must know."""
+    seen = []
+
+    def look(phase):
+        if run.version and phase in ("transfer", "verify"):
+            seen.append((run.serving(), run.all_hold(run.version)))
+
+    sizes = MegatronSizes(tp=2, vocabulary_multiple=4)
+    run = start(2, 2, trainer=sizes, rollout=SglangSizes(engines=2), observe=look)
+    run.version = 0
+    for seed in (1, 2, 3, 4):
+        assert run.sync(f"v{seed}", seed).committed
+        assert run.all_hold(seed)
+        run.version = seed
+
+    def fail(*_):
+        raise RuntimeError("torn")
+
+    run.engines[1].install = fail
+    outcome = run.sync("v5", 5)
+    assert (outcome.committed, outcome.failed_in) == (False, "commit")
+    assert run.all_hold(4)
+    assert [whole for _, whole in seen] == [True] * 8, seen
+
+
 def test_a_second_transfer_at_once_is_refused_and_does_not_disturb_the_first(start):
     refused = []
 
@@ -135,6 +162,27 @@ def test_a_slow_transport_is_refused(start):
     assert not outcome.committed
     assert "the floor is 1e+06" in outcome.cause
     assert run.serving() == [None]
+
+
+def test_who_resumes_too_late_takes_part_in_the_next_transfer(start):
+    go_on = threading.Event()
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    late, resume = run.engines[1], run.engines[1].resume
+    late.resume = lambda version: go_on.wait(60) and resume(version)
+    run.load(1)
+    outcome = run.sender.sync("v1", deadlines=replace(parties.QUICK, resume=0.2))
+    assert outcome.committed
+    assert outcome.lost.keys() == {"rollout-1"}
+    run.load(2)
+    outcomes = []
+    syncing = threading.Thread(target=lambda: outcomes.append(run.sender.sync("v2")))
+    syncing.start()
+    time.sleep(0.2)  # the order to plan has arrived
+    go_on.set()
+    syncing.join()
+    assert outcomes[0].committed, outcomes
+    assert run.serving() == ["v2", "v2"]
+    assert run.all_hold(2)
 
 
 def test_a_failure_while_installing_restores_the_old_version_everywhere(start):

@@ -1,8 +1,9 @@
 """Real processes killed and stopped in each phase of a transfer, over each transport. After each fault: every engine
 serves one verified version or nothing, the cause is named, the very next transfer succeeds, and the engines go on.
 
-One trainer and two engines go through all faults of their transport, the transports at once. A busy machine must not
-change an outcome: deadlines are short only where they are waited out, and who else is late then may be named too."""
+A trainer, another sending rank and two engines go through all faults of their transport, the transports at once. A
+busy machine must not change an outcome: deadlines are short only where they are waited out, and who else is late then
+may be named too."""
 
 import re
 import time
@@ -17,6 +18,8 @@ from processes import Run
 TRANSPORTS = ["ipc", "rdma", "collective", "disk"]
 STEPS = ["plan", "prepare", "transfer", "verify", "commit", "resume"]
 FAULTS = [(who, what, step) for who in ("engine", "trainer") for what in ("killed", "stopped") for step in STEPS]
+SENDING = ["plan", "prepare", "transfer", "resume"]
+FAULTS += [("sender", what, step) for what in ("killed", "stopped") for step in SENDING]
 REACHED = {
     "plan": {"planned"},
     "prepare": {"prepared"},
@@ -28,30 +31,34 @@ REACHED = {
 """What the engines' participants get to in a step without the trainer doing anything more."""
 
 
-def engine_fault(run: Run, what: str, step: str) -> str:
-    victim, before = run.engines[1], run.version
+def member_fault(run: Run, who: str, what: str, step: str) -> str:
+    """To one that only takes part: the second engine, or the sending rank beside the trainer."""
+    victim, name = (run.engines[1], "rollout-1") if who == "engine" else (run.senders[0], "trainer-1")
+    before = run.version
     victim.ask("fault", step, processes.SIGNALS[what])
     began = time.monotonic()
     outcome = run.next_sync(processes.waited_out(step) if what == "stopped" else processes.LONG)
     seconds = time.monotonic() - began
     victim.until(what)  # the witness
     assert what == "stopped" or seconds < processes.LONG.plan  # a closed connection is not waited out
-    if step == "resume":  # decided: the survivor goes on, the victim is named
+    if step == "resume":  # decided: the others go on, the victim is named
         assert outcome.committed
-        assert "rollout-1" in outcome.lost
+        assert name in outcome.lost
     else:
         assert not outcome.committed
         assert outcome.failed_in == step
-        assert "rollout-1" in outcome.cause
-        assert what == "killed" or re.match(f"waited {processes.SHORT_S} s in {step} for .*rollout-1", outcome.cause)
+        assert name in outcome.cause
+        assert what == "killed" or re.match(f"waited {processes.SHORT_S} s in {step} for .*{name}", outcome.cause)
         assert run.version == before
     run.until(lambda: run.serves(0), run.version)
-    if what == "killed":
-        run.restart_engine(1)
-        run.eventually_served([run.version, None])  # a new engine serves nothing before its first weights
-    else:
+    if what == "stopped":
         victim.proceed()
-        run.eventually_served([run.version, run.version])
+    elif who == "engine":
+        run.restart_engine(1)
+    else:
+        run.restart_sender()
+    new = (who, what) == ("engine", "killed")  # a new engine serves nothing before its first weights
+    run.eventually_served([run.version, None if new else run.version])
     return f"{outcome.cause or outcome.lost}"
 
 
@@ -103,8 +110,8 @@ def carry_out(run: Run, who: str, what: str, step: str) -> tuple[str, float]:
     """One fault; what it led to, and how long that took."""
     run.note_memory()
     began = time.monotonic()
-    if who == "engine":
-        text = engine_fault(run, what, step)
+    if who != "trainer":
+        text = member_fault(run, who, what, step)
     else:
         text = (trainer_killed if what == "killed" else trainer_stopped)(run, step)
     seconds = time.monotonic() - began
