@@ -106,6 +106,8 @@ class _Member:
         while not self._closing.is_set():
             try:
                 self._connection = wire.connect(self._address, _RETRY_S)
+                if self._closing.is_set():  # `close` has seen only the connection before
+                    self._connection.close()
                 deadline = time.monotonic() + _GREETING_S
                 who = {"source": self._is_source, "rank": self._rank}
                 wire.introduce(self._connection, self._token, **who, deadline=deadline)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,10 @@ def end_patience(receiver: WeightReceiver) -> None:
     receiver._inbox.put((None, None))  # nothing: the thread looks at the deadline again
 
 
+_POLLING = threading.Lock()
+"""Starting a process polls all others, too, and of two threads that poll one only one gets to know how it ended."""
+
+
 class Child:
     """One child process and its pipe."""
 
@@ -174,7 +179,8 @@ class Child:
         ours, theirs = context().Pipe()
         self.pipe = ours
         self.process = context().Process(target=function, args=(*arguments, theirs), daemon=True)
-        self.process.start()
+        with _POLLING:
+            self.process.start()
         theirs.close()
 
     def ask(self, *request, timeout_s=PATIENCE_S):
@@ -187,8 +193,10 @@ class Child:
 
     def state(self) -> str:
         """killed, stopped or running, as the kernel says."""
-        if not self.process.is_alive():
-            return "killed" if self.process.exitcode == -signal.SIGKILL else f"exit {self.process.exitcode}"
+        with _POLLING:
+            code = self.process.exitcode
+        if code is not None:
+            return "killed" if code == -signal.SIGKILL else f"exit {code}"
         try:
             text = Path(f"/proc/{self.process.pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):  # it ended before the file was opened, or before it was read
@@ -222,8 +230,9 @@ class Child:
         os.kill(self.process.pid, signal.SIGCONT)
 
     def end(self):
-        self.process.kill()
-        self.process.join()
+        with _POLLING:
+            self.process.kill()
+            self.process.join()
         self.pipe.close()
 
 

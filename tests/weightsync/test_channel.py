@@ -277,6 +277,26 @@ def test_an_impostor_of_a_coordinator_is_turned_away(tmp_path):
         wire.introduce(wire.Connection(ours), TOKEN, source=True, rank=0, deadline=time.monotonic() + 5)
 
 
+def test_who_leaves_while_it_connects_again_is_gone(start, monkeypatch):
+    run = start()
+    member, connect, leaving = run.receivers[0], wire.connect, []
+
+    def late(address, timeout_s):
+        connection = connect(address, timeout_s)
+        if not leaving:
+            leaving.append(threading.Thread(target=member.close, daemon=True))
+            leaving[0].start()
+            eventually(member._closing.is_set)
+            time.sleep(0.1)  # it has closed the connection before
+        return connection
+
+    monkeypatch.setattr(wire, "connect", late)
+    member._connection.close()
+    eventually(lambda: leaving)
+    leaving[0].join(20)
+    assert not leaving[0].is_alive()
+
+
 def test_a_folder_that_others_can_enter_is_refused(tmp_path):
     tmp_path.chmod(0o755)
     with pytest.raises(WeightSyncError, match="must belong to this user alone"):
