@@ -19,11 +19,11 @@ from test_transports import ends
 
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.errors import WeightSyncError
-from zerokl.weightsync.megatron_layout import megatron_layout
+from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.members import WeightReceiver, WeightSource
 from zerokl.weightsync.quantised import FORMS, receiving_layout, sending_layout
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
-from zerokl.weightsync.transports import ipc, rdma
+from zerokl.weightsync.transports import disk, ipc, rdma
 
 TWO_ENGINES = SglangSizes(engines=2)
 
@@ -385,6 +385,21 @@ def test_stale_metadata_of_a_restarted_receiver_cannot_pass_for_its_memory(start
     assert run.sync("v3", seed=3).committed
     assert run.all_hold(3)
     fault_row("rdma: stale metadata of an engine", "transfer", "announced again", outcome.cause)
+
+
+def test_a_sender_that_starts_a_new_chain_leaves_the_others_theirs(start, tmp_path):
+    """As after its restart: ranks do not write their complete versions at the same time any more."""
+    sources = [disk.DiskSource(tmp_path / "disk", complete_every=every, delta_below=2) for every in (1, 8)]
+    targets = [disk.DiskTarget(), disk.DiskTarget()]
+    run = start("disk", made=(sources, targets), trainer=MegatronSizes(tp=2, vocabulary_multiple=4))
+    for seed in (1, 2, 3):
+        assert run.sync(f"v{seed}", seed).committed
+    targets[1]._held = {}  # a new engine: it reads whole chains
+    outcome = run.sync("v4", 4)
+    assert outcome.committed, outcome
+    assert run.all_hold(4)
+    assert len(list(tmp_path.glob("disk/*/trainer-0.json"))) == 1
+    assert len(list(tmp_path.glob("disk/*/trainer-1.json"))) == 4
 
 
 def test_a_second_transfer_at_the_same_time_is_refused_and_the_first_one_completes(start, monkeypatch, fault_row):
