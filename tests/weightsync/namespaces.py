@@ -42,7 +42,7 @@ class Cut:
 def _ends(transport: str, folder: Path):
     """(sending end, receiving end), both to be made."""
     if transport == "rdma":
-        return lambda: rdma.RdmaSource(devices=LINKS[transport]), lambda: rdma.RdmaTarget(devices=LINKS[transport])
+        return lambda: rdma.RdmaSource(interface=LINKS[transport]), lambda: rdma.RdmaTarget(interface=LINKS[transport])
     size = {"ranks": (1, 2), "interface": LINKS[transport]}
     return lambda: collective.CollectiveSource(folder, **size), lambda: collective.CollectiveTarget(folder, **size)
 

@@ -115,7 +115,7 @@ def test_a_network_that_goes_down_aborts_and_the_next_transfer_connects_anew(sta
 def test_rdma_over_a_network_that_goes_down_starts_afresh(start, when, fault_row):
     """What UCX has under way may still arrive; its agents are of no use afterwards, and are replaced in the very next
     attempt."""
-    ends_over_tcp = [rdma.RdmaSource(devices="lo")], [rdma.RdmaTarget(devices="lo") for _ in range(2)]
+    ends_over_tcp = [rdma.RdmaSource(interface="lo")], [rdma.RdmaTarget(interface="lo") for _ in range(2)]
     run = start("rdma", Interrupted, made=ends_over_tcp, deadlines=replace(QUICK, transfer=5))
     end, source = run.receivers[1]._transport, run.sources[0]._transport
     assert run.sync("v1", seed=1).committed

@@ -47,7 +47,7 @@ class Registered(Typed, frozen=True):
 class _Agent:
     """One NIXL agent and the memory registered with it."""
 
-    def __init__(self, devices: str) -> None:
+    def __init__(self, interface: str) -> None:
         package = next((p for p in PACKAGES if importlib.util.find_spec(p)), None)
         if package is None:
             raise TransferError("the rdma transport needs NIXL: pip install nixl-cu12")
@@ -63,7 +63,9 @@ class _Agent:
         try:
             # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on,
             # on endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
-            self.api.create_backend(_BACKEND, {"ucx_devices": devices, "engine_config": _SETTINGS})
+            # not NIXL's own parameters for devices: "ucx_devices" restricts nothing, "device_list" takes cards only
+            only = f",NET_DEVICES={interface}" if interface else ""
+            self.api.create_backend(_BACKEND, {"engine_config": _SETTINGS + only})
         except self.errors as error:
             raise TransferError(f"NIXL reaches no network: {type(error).__name__}: {error}") from error
         self._registered: dict[_Places, tuple[Any, list[torch.Tensor]]] = {}
@@ -91,17 +93,17 @@ class RdmaSource:
 
     name = "rdma"
 
-    def __init__(self, *, devices: str = "") -> None:
-        """``devices``: the network devices that UCX may use; empty: all."""
-        self._devices = devices
-        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
+    def __init__(self, *, interface: str = "") -> None:
+        """``interface``: the network device that UCX may use; empty: all."""
+        self._interface = interface
+        self._agent: _Agent | None = _Agent(interface)  # now: loading UCX takes seconds, which no deadline allows for
         self._buffers: Buffers = {}
         self._peers: list[str] = []
         self._handles: list[Any] = []
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
         agent, self._agent = self._agent, None  # unless it registers: a broken one is of no use to the next attempt
-        self._agent = _registered(agent, self._devices, buffers)
+        self._agent = _registered(agent, self._interface, buffers)
         self._buffers = buffers
         return b""
 
@@ -168,10 +170,10 @@ class RdmaTarget:
 
     name = "rdma"
 
-    def __init__(self, *, devices: str = "", device: torch.device | None = None) -> None:
-        """``devices``: the network devices that UCX may use; empty: all. ``device``: a GPU for the shadow buffers."""
-        self._devices, self._device = devices, device
-        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
+    def __init__(self, *, interface: str = "", device: torch.device | None = None) -> None:
+        """``interface``: the network device that UCX may use; empty: all. ``device``: a GPU for the shadow buffers."""
+        self._interface, self._device = interface, device
+        self._agent: _Agent | None = _Agent(interface)  # now: loading UCX takes seconds, which no deadline allows for
         self._given = self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -179,7 +181,7 @@ class RdmaTarget:
         self._given, self._room = room, room if self._device is None else room.on(self._device, self._room)
         self._buffers = self._room.all()
         agent, self._agent = self._agent, None
-        self._agent = _registered(agent, self._devices, self._buffers)
+        self._agent = _registered(agent, self._interface, self._buffers)
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
         return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places, gpu_of(self._buffers)))
 
@@ -201,7 +203,7 @@ class RdmaTarget:
         self._buffers = {}
 
 
-def _registered(agent: _Agent | None, devices: str, buffers: Buffers) -> _Agent:
+def _registered(agent: _Agent | None, interface: str, buffers: Buffers) -> _Agent:
     """The agent with these buffers registered, or a new one: an agent whose network went down registers nothing any
     more. Raises TransferError if the new one registers nothing either."""
     if agent is not None:
@@ -210,7 +212,7 @@ def _registered(agent: _Agent | None, devices: str, buffers: Buffers) -> _Agent:
             return agent
         except agent.errors:
             del agent  # gives back its sockets and memory; the next one takes tens of milliseconds, UCX being loaded
-    fresh = _Agent(devices)
+    fresh = _Agent(interface)
     try:
         fresh.register(buffers)
     except fresh.errors as error:
