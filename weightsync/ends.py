@@ -34,8 +34,9 @@ class Site:
     one_host: bool = True
 
     @property
-    def devices(self) -> str:
-        """The network devices that UCX may use: all where there are RDMA cards, which have names of their own."""
+    def ucx_interface(self) -> str:
+        """The network device that UCX may use; empty, all of them, where there are RDMA cards: those have names of
+        their own."""
         return "" if place.has_card() else self.interface
 
 
@@ -99,7 +100,7 @@ def source_end(name: str, site: Site) -> Source:
         case "rdma":
             from zerokl.weightsync.transports.rdma import RdmaSource
 
-            return RdmaSource(devices=site.devices)
+            return RdmaSource(interface=site.ucx_interface)
         case "collective":
             from zerokl.weightsync.transports.collective import CollectiveSource
 
@@ -131,7 +132,7 @@ def target_end(name: str, site: Site) -> Target:
         case "rdma":
             from zerokl.weightsync.transports.rdma import RdmaTarget
 
-            return RdmaTarget(devices=site.devices, device=gpu)
+            return RdmaTarget(interface=site.ucx_interface, device=gpu)
         case "collective":
             from zerokl.weightsync.transports.collective import CollectiveTarget
 

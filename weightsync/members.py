@@ -106,6 +106,8 @@ class _Member:
         while not self._closing.is_set():
             try:
                 self._connection = wire.connect(self._address, _RETRY_S)
+                if self._closing.is_set():  # `close` has seen only the connection before
+                    self._connection.close()
                 deadline = time.monotonic() + _GREETING_S
                 who = {"source": self._is_source, "rank": self._rank}
                 wire.introduce(self._connection, self._token, **who, deadline=deadline)  # type: ignore[arg-type]
@@ -150,6 +152,9 @@ class _Member:
                 self._roll_back()
             _reply(connection, m.Aborted(attempt, self.machine.state is not State.IDLE))
             return
+        if isinstance(order, m.Plan) and self.machine.resuming and self._running is not None:
+            resumed, self._running = self._running, None  # late: the coordinator has not waited, and goes on
+            self._finished(connection, resumed)
         effect = Effect.REFUSE if self._running else self.machine.receive(order)
         if effect is Effect.REFUSE:
             _reply(connection, m.Failed(attempt, m.shortened(self.machine.refusal(order))))
@@ -168,7 +173,7 @@ class _Member:
         return self.carry_out(effect, order)
 
     def _finished(self, connection: wire.Connection, future: Future[m.Message]) -> None:
-        """The worker is done with an effect: answer."""
+        """The worker is done with an effect, or will be soon: wait for it, and answer."""
         job = self.job
         assert job is not None
         error = future.exception()

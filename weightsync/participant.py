@@ -72,7 +72,7 @@ class Participant:
     @property
     def resuming(self) -> bool:
         """Whether RESUME has come: all have the new version, so the coordinator is needed no more."""
-        return self.state is State.COMMITTED and self._next[0] is Effect.RESUME
+        return self.state in (State.COMMITTED, State.TRANSFERRED) and self._next[0] is Effect.RESUME
 
     def receive(self, order: m.Message) -> Effect:
         """What to do about an order. REFUSE: answer `refusal` and change nothing."""

@@ -42,7 +42,7 @@ class Cut:
 def _ends(transport: str, folder: Path):
     """(sending end, receiving end), both to be made."""
     if transport == "rdma":
-        return lambda: rdma.RdmaSource(devices=LINKS[transport]), lambda: rdma.RdmaTarget(devices=LINKS[transport])
+        return lambda: rdma.RdmaSource(interface=LINKS[transport]), lambda: rdma.RdmaTarget(interface=LINKS[transport])
     size = {"ranks": (1, 2), "interface": LINKS[transport]}
     return lambda: collective.CollectiveSource(folder, **size), lambda: collective.CollectiveTarget(folder, **size)
 
@@ -80,7 +80,9 @@ def trainer(folder: Path, transport: str, pipe) -> None:
     for request in processes.requests(pipe):
         match request:
             case ("start",):
-                sender = WeightSender(folder / "s", parties.TOKEN, sources=1, receivers=2)
+                # its own part is no step of the source's
+                observe = lambda phase: cut(phase) if phase in ("verify", "commit") else None  # noqa: E731
+                sender = WeightSender(folder / "s", parties.TOKEN, sources=1, receivers=2, observe=observe)
                 layout, end = megatron_layout(MODEL, parties.ONE), _ends(transport, folder)[0]()
                 source = WeightSource(folder / "s", parties.TOKEN, layout, 0, end, observe=cut)
                 source.start()
@@ -104,9 +106,7 @@ def engine(folder: Path, transport: str, rank: int, pipe) -> None:
                 receiver.start()
                 pipe.send("started")
             case "serving", seeds:
-                version = receiver.serving
-                pipe.send((version, held.holds(parties.engine_buffers(MODEL, ENGINES, rank, seeds[version])),
-                           receiver.machine.state.value))  # fmt: skip
+                pipe.send(processes.serving(receiver, held, MODEL, rank, seeds))
             case _:
                 pipe.send(_network(request, cut))
 
@@ -116,8 +116,8 @@ class Run(processes.Run):
 
     def __init__(self, folder: Path, transport: str):
         folder.mkdir(mode=0o700)
-        self.transport, self.seeds, self.version = transport, {"v1": 1}, "v1"
-        self.trainer = processes.Child(trainer, folder, transport)
+        self.transport, self.seeds, self.version = transport, {}, ""
+        self.trainer, self.senders = processes.Child(trainer, folder, transport), []
         self.engines = [processes.Child(engine, folder, transport, rank) for rank in range(2)]
 
     def __enter__(self):
@@ -138,11 +138,3 @@ class Run(processes.Run):
         for child in (self.trainer, *self.engines):
             child.ask("start")
         return super().__enter__()
-
-    def next_sync(self, deadlines):
-        """Try to send the next version; ``version`` is the last one that was committed."""
-        seed = max(self.seeds.values()) + 1
-        self.seeds[f"v{seed}"] = seed
-        outcome = self.sync(f"v{seed}", deadlines)
-        self.version = f"v{seed}" if outcome.committed else self.version
-        return outcome

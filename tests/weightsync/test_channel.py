@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import parties
 import pytest
@@ -14,6 +15,7 @@ from zerokl.weightsync import wire
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.errors import WeightSyncError
 from zerokl.weightsync.megatron_layout import MegatronSizes
+from zerokl.weightsync.protocol import Deadlines
 from zerokl.weightsync.sglang_layout import SglangSizes
 from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
 
@@ -81,6 +83,32 @@ def test_only_what_several_ranks_hold_parts_of_is_copied_by_the_engine(start):
     assert len(views) <= 2
 
 
+def test_what_is_served_does_not_change_while_the_next_version_arrives(start):
+    """Parts of it lie in memory of several senders, each of which must know."""
+    seen = []
+
+    def look(phase):
+        if run.version and phase in ("transfer", "verify"):
+            seen.append((run.serving(), run.all_hold(run.version)))
+
+    sizes = MegatronSizes(tp=2, vocabulary_multiple=4)
+    run = start(2, 2, trainer=sizes, rollout=SglangSizes(engines=2), observe=look)
+    run.version = 0
+    for seed in (1, 2, 3, 4):
+        assert run.sync(f"v{seed}", seed).committed
+        assert run.all_hold(seed)
+        run.version = seed
+
+    def fail(*_):
+        raise RuntimeError("torn")
+
+    run.engines[1].install = fail
+    outcome = run.sync("v5", 5)
+    assert (outcome.committed, outcome.failed_in) == (False, "commit")
+    assert run.all_hold(4)
+    assert [whole for _, whole in seen] == [True] * 8, seen
+
+
 def test_a_second_transfer_at_once_is_refused_and_does_not_disturb_the_first(start):
     refused = []
 
@@ -106,12 +134,55 @@ def test_every_engine_is_told_what_to_do_with_requests_under_way(start, in_fligh
     assert outcome.paused_s > 0
 
 
+def test_who_hears_nothing_from_the_coordinator_gives_up(start):
+    """As soon as the longest phase's time and that of an abort have passed, which the coordinator has said in PLAN."""
+    silent, over = threading.Event(), threading.Event()
+    run = start(1, 2, rollout=SglangSizes(engines=2), observe=lambda _: silent.is_set() and over.wait(60))
+    assert run.sync("v1", seed=1).committed
+    silent.set()
+    patient = Deadlines(plan=0.1, prepare=0.2, transfer=0.3, verify=0.1, commit=0.1, resume=60, abort=0.2)
+    syncing = threading.Thread(target=lambda: run.sender.sync("v2", deadlines=patient))
+    began = time.monotonic()
+    syncing.start()
+    try:
+        for receiver in run.receivers:
+            eventually(lambda member=receiver: member.last_error == "waited for the coordinator in state planned")
+        assert time.monotonic() - began >= 0.3 + 0.2
+        assert run.serving() == ["v1", "v1"]
+    finally:
+        over.set()
+        syncing.join()
+    assert run.sync("v3", seed=3).committed
+    assert run.all_hold(3)
+
+
 def test_a_slow_transport_is_refused(start):
     run = start(floor_gb_per_s=1e6)
     outcome = run.sync("v", seed=1)
     assert not outcome.committed
     assert "the floor is 1e+06" in outcome.cause
     assert run.serving() == [None]
+
+
+def test_who_resumes_too_late_takes_part_in_the_next_transfer(start):
+    go_on = threading.Event()
+    run = start(1, 2, rollout=SglangSizes(engines=2))
+    late, resume = run.engines[1], run.engines[1].resume
+    late.resume = lambda version: go_on.wait(60) and resume(version)
+    run.load(1)
+    outcome = run.sender.sync("v1", deadlines=replace(parties.QUICK, resume=0.2))
+    assert outcome.committed
+    assert outcome.lost.keys() == {"rollout-1"}
+    run.load(2)
+    outcomes = []
+    syncing = threading.Thread(target=lambda: outcomes.append(run.sender.sync("v2")))
+    syncing.start()
+    time.sleep(0.2)  # the order to plan has arrived
+    go_on.set()
+    syncing.join()
+    assert outcomes[0].committed, outcomes
+    assert run.serving() == ["v2", "v2"]
+    assert run.all_hold(2)
 
 
 def test_a_failure_while_installing_restores_the_old_version_everywhere(start):
@@ -204,6 +275,26 @@ def test_an_impostor_of_a_coordinator_is_turned_away(tmp_path):
     threading.Thread(target=impostor, daemon=True).start()
     with pytest.raises(wire.ConnectionLost, match="coordinator does not know the run's token"):
         wire.introduce(wire.Connection(ours), TOKEN, source=True, rank=0, deadline=time.monotonic() + 5)
+
+
+def test_who_leaves_while_it_connects_again_is_gone(start, monkeypatch):
+    run = start()
+    member, connect, leaving = run.receivers[0], wire.connect, []
+
+    def late(address, timeout_s):
+        connection = connect(address, timeout_s)
+        if not leaving:
+            leaving.append(threading.Thread(target=member.close, daemon=True))
+            leaving[0].start()
+            eventually(member._closing.is_set)
+            time.sleep(0.1)  # it has closed the connection before
+        return connection
+
+    monkeypatch.setattr(wire, "connect", late)
+    member._connection.close()
+    eventually(lambda: leaving)
+    leaving[0].join(20)
+    assert not leaving[0].is_alive()
 
 
 def test_a_folder_that_others_can_enter_is_refused(tmp_path):

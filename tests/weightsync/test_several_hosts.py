@@ -8,12 +8,14 @@ import time
 from unittest.mock import Mock
 
 import fused_model
+import psutil
 import pytest
 from parties import TOKEN, Parties, eventually
 
 from zerokl.weightsync import place, sglang_receiver, wire
 from zerokl.weightsync.channel import WeightSender
 from zerokl.weightsync.errors import WeightSyncError
+from zerokl.weightsync.transports import rdma
 from zerokl.weightsync.transports.ipc import IpcSource, IpcTarget
 
 HOSTS = ["127.0.0.1", "::1"]
@@ -97,6 +99,17 @@ def test_a_host_that_is_gone_is_noticed_without_traffic(tmp_path):
         wire.introduce(connection, TOKEN, source=True, rank=0, deadline=time.monotonic() + 5)
         connection.close()
         eventually(lambda: not sender._inbox.empty())
+
+
+def listening():
+    return {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
+def test_rdma_listens_on_the_device_that_it_is_given():
+    before = listening()
+    end = rdma.RdmaTarget(interface="lo")
+    assert {address.ip for address in listening() - before} == {"127.0.0.1"}
+    assert end.name == "rdma"  # it lives until here
 
 
 def test_another_view_of_the_files_is_another_host(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ A receiver applies the part of the chain that it does not hold yet.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -57,8 +57,10 @@ class DiskSource:
         self._last: dict[str, torch.Tensor] = {}
         self._buffers: Buffers = {}
         self._stale: list[str] = []
+        self._rank = 0
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:
+        self._rank = job.rank
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = dict.fromkeys(copy.source_buffer for batch in job.sent() for copy in batch.copies)
         self._buffers = {name: buffers[name] for name in names}
@@ -86,7 +88,7 @@ class DiskSource:
 
     def finish(self) -> None:
         for link in self._stale:
-            shutil.rmtree(self._folder / link, ignore_errors=True)
+            _remove(self._folder, link, self._rank)
         self._stale, self._buffers = [], {}
 
     def _changed(self) -> float:
@@ -164,6 +166,14 @@ class DiskTarget:
         if manifest.version != job.version or manifest.chain[-1] != job.attempt.hex():
             raise TransferError(f"{path} is of version {manifest.version!r}, not of {job.version!r}")
         return manifest
+
+
+def _remove(folder: Path, link: str, rank: int) -> None:
+    """Take back what one rank wrote for a version. What others wrote stays: their chains may still go through it."""
+    with contextlib.suppress(OSError):
+        for path in (manifest_path(folder, link, rank), shard_path(folder, link, rank)):
+            path.unlink(missing_ok=True)
+        (folder / link).rmdir()  # the last one does it
 
 
 def manifest_path(folder: Path, link: str, rank: int) -> Path:

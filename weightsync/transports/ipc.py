@@ -265,6 +265,8 @@ class IpcTarget:
         self._process = secrets.token_bytes(16)
         self._room = Room({})
         self._mapped: dict[bytes, torch.Tensor] = {}
+        self._last: dict[str, bytes] = {}
+        """Sender -> the file that it handed over last."""
 
     def prepare(self, job: Job, room: Room) -> bytes:
         self._room = room
@@ -274,7 +276,10 @@ class IpcTarget:
         buffers: dict[str, torch.Tensor] = {}
         digests: dict[Copy, bytes] = {}
         copied = 0
-        for source in sorted({batch.source for batch in job.received()}):
+        sources = sorted({batch.source for batch in job.received()})
+        names = {name_of(source=True, rank=source) for source in sources}
+        self._last = {name: file for name, file in self._last.items() if name in names}
+        for source in sources:
             name = name_of(source=True, rank=source)
             plan = arrange(job.plan, source, endpoints)
             memory = self._fetch(job, name, parse_export(endpoints.get(name, b"")), plan.nbytes)
@@ -324,9 +329,12 @@ class IpcTarget:
             return self._map(file, descriptors[0], nbytes, name)
 
     def _map(self, file: bytes, descriptor: int, nbytes: int, name: str) -> torch.Tensor:
+        self._last[name] = file
         if file not in self._mapped:
             memory = map_file(descriptor, nbytes, name)
-            self._mapped = self._live() | {file: memory}  # others are of senders or sizes that are gone
+            known = {last: self._mapped[last] for last in self._last.values() if last in self._mapped}
+            # every file that may become live, from every sender; others are of senders or sizes that are gone
+            self._mapped = self._live() | known | {file: memory}
         else:
             os.close(descriptor)
         if self._mapped[file].numel() != nbytes:

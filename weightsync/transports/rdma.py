@@ -27,6 +27,9 @@ from zerokl.weightsync.transports.base import Arrived, Buffers, Job, Room, Trans
 PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
 _POLL_S = 0.0002
+_SETTINGS = "TCP_SYN_CNT=2"
+"""UCX connects in a call that does not return before TCP gives up, or tries again after the link has come back: as long
+again as the link was down, up to two minutes. With two repetitions TCP gives up after seven seconds."""
 
 _Places = frozenset[tuple[int, int]]
 """(address, bytes) of the buffers of one set."""
@@ -44,7 +47,7 @@ class Registered(Typed, frozen=True):
 class _Agent:
     """One NIXL agent and the memory registered with it."""
 
-    def __init__(self, devices: str) -> None:
+    def __init__(self, interface: str) -> None:
         package = next((p for p in PACKAGES if importlib.util.find_spec(p)), None)
         if package is None:
             raise TransferError("the rdma transport needs NIXL: pip install nixl-cu12")
@@ -52,14 +55,19 @@ class _Agent:
         # without a thread of its own: both sides poll while they transfer, and an idle engine needs its cores
         settings = api.nixl_agent_config(enable_prog_thread=False, backends=[])
         self.api: Any = api.nixl_agent(secrets.token_hex(16), settings)
-        # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on, on
-        # endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
-        self.api.create_backend(_BACKEND, {"ucx_devices": devices})
         bindings = importlib.import_module(f"{package}._bindings")
         classes = [
             value for name, value in vars(bindings).items() if name.startswith("nixl") and name.endswith("Error")
         ]
         self.errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *classes)  # they have no common base
+        try:
+            # nor with its pool of threads ("num_threads"): a write that is given up while they carry it out goes on,
+            # on endpoints that are being closed, and has corrupted the process's heap (NIXL 1.5.1)
+            # not NIXL's own parameters for devices: "ucx_devices" restricts nothing, "device_list" takes cards only
+            only = f",NET_DEVICES={interface}" if interface else ""
+            self.api.create_backend(_BACKEND, {"engine_config": _SETTINGS + only})
+        except self.errors as error:
+            raise TransferError(f"NIXL reaches no network: {type(error).__name__}: {error}") from error
         self._registered: dict[_Places, tuple[Any, list[torch.Tensor]]] = {}
 
     def register(self, buffers: Buffers) -> None:
@@ -85,21 +93,17 @@ class RdmaSource:
 
     name = "rdma"
 
-    def __init__(self, *, devices: str = "") -> None:
-        """``devices``: the network devices that UCX may use; empty: all."""
-        self._devices = devices
-        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
+    def __init__(self, *, interface: str = "") -> None:
+        """``interface``: the network device that UCX may use; empty: all."""
+        self._interface = interface
+        self._agent: _Agent | None = _Agent(interface)  # now: loading UCX takes seconds, which no deadline allows for
         self._buffers: Buffers = {}
         self._peers: list[str] = []
         self._handles: list[Any] = []
 
     def prepare(self, job: Job, buffers: Buffers) -> bytes:  # noqa: ARG002
-        self._agent = self._agent or _Agent(self._devices)
-        try:
-            self._agent.register(buffers)
-        except self._agent.errors as error:
-            self._agent = None
-            raise _broken(error) from error
+        agent, self._agent = self._agent, None  # unless it registers: a broken one is of no use to the next attempt
+        self._agent = _registered(agent, self._interface, buffers)
         self._buffers = buffers
         return b""
 
@@ -166,22 +170,18 @@ class RdmaTarget:
 
     name = "rdma"
 
-    def __init__(self, *, devices: str = "", device: torch.device | None = None) -> None:
-        """``devices``: the network devices that UCX may use; empty: all. ``device``: a GPU for the shadow buffers."""
-        self._devices, self._device = devices, device
-        self._agent: _Agent | None = _Agent(devices)  # now: loading UCX takes seconds, which no deadline allows for
+    def __init__(self, *, interface: str = "", device: torch.device | None = None) -> None:
+        """``interface``: the network device that UCX may use; empty: all. ``device``: a GPU for the shadow buffers."""
+        self._interface, self._device = interface, device
+        self._agent: _Agent | None = _Agent(interface)  # now: loading UCX takes seconds, which no deadline allows for
         self._given = self._room = Room({})
         self._buffers: dict[str, torch.Tensor] = {}
 
     def prepare(self, job: Job, room: Room) -> bytes:  # noqa: ARG002
-        self._agent = self._agent or _Agent(self._devices)
         self._given, self._room = room, room if self._device is None else room.on(self._device, self._room)
         self._buffers = self._room.all()
-        try:
-            self._agent.register(self._buffers)
-        except self._agent.errors as error:
-            self._agent = None
-            raise _broken(error) from error
+        agent, self._agent = self._agent, None
+        self._agent = _registered(agent, self._interface, self._buffers)
         places = {name: (buffer.data_ptr(), buffer.numel()) for name, buffer in self._buffers.items()}
         return msgspec.msgpack.encode(Registered(self._agent.api.get_agent_metadata(), places, gpu_of(self._buffers)))
 
@@ -203,9 +203,21 @@ class RdmaTarget:
         self._buffers = {}
 
 
-def _broken(error: Exception) -> TransferError:
-    """An agent whose network went down registers nothing any more; the next attempt makes a new one."""
-    return TransferError(f"NIXL cannot register memory: {type(error).__name__}: {error}")
+def _registered(agent: _Agent | None, interface: str, buffers: Buffers) -> _Agent:
+    """The agent with these buffers registered, or a new one: an agent whose network went down registers nothing any
+    more. Raises TransferError if the new one registers nothing either."""
+    if agent is not None:
+        try:
+            agent.register(buffers)
+            return agent
+        except agent.errors:
+            del agent  # gives back its sockets and memory; the next one takes tens of milliseconds, UCX being loaded
+    fresh = _Agent(interface)
+    try:
+        fresh.register(buffers)
+    except fresh.errors as error:
+        raise TransferError(f"NIXL cannot register memory: {type(error).__name__}: {error}") from error
+    return fresh
 
 
 def parse(data: bytes) -> Registered:
