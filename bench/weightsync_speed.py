@@ -1,7 +1,8 @@
 """Weight transfer between two processes, per transport: ``python -m zerokl.bench.weightsync_speed``.
 
 The trainer's layout is Megatron's, the engine's SGLang's, so the fused query-key-value weights really are rearranged.
-Medians of transfers after two that warm up (`ipc` has two memory files, `rdma` two registered buffers). In seconds:
+Medians of transfers after four that warm up (files and registered buffers take turns). A trainer writes each version
+where its transport says (`WeightSource.renew`); `ipc-copying` is `ipc` with one that does not. In seconds:
 
     move     the phase TRANSFER, from the order to the last answer of a participant: the way of the bytes, the digests
              at the sender, and with `ipc` those at the receiver, which run while the rest is still on its way
@@ -40,7 +41,8 @@ from zerokl.weightsync.transports import collective, disk, ipc, rdma
 from zerokl.weightsync.transports.base import Buffers, Source, Target
 from zerokl.weightsync.transports.copies import target_digests
 
-_WARM_UP = 2
+COPYING = "ipc-copying"
+_WARM_UP = 4
 _WIRE_MODEL = ModelShape(
     vocabulary=49152, hidden=1024, ffn=2816, layers=8, heads=16, kv_heads=4, head_dim=64, tied=True
 )
@@ -132,13 +134,20 @@ def measure(name: str, sides: tuple[Layout, Layout], repeats: int) -> Speed:
                 total = time.perf_counter() - began
                 ours.send(True)
                 rows.append((outcome.seconds[Phase.TRANSFER], outcome.seconds[Phase.VERIFY], total, ours.recv()))
-                for buffer in source.buffers.values():
-                    buffer.add_(1)
+                _update(source, share=name != COPYING)
             ours.send(False)
             child.join(10)
         source.close()
     medians = [statistics.median(column) for column in zip(*rows[_WARM_UP:], strict=True)]
     return Speed(outcome.bytes, outcome.copied_bytes, *medians)
+
+
+def _update(source: WeightSource, *, share: bool) -> None:
+    """The next version, as an optimizer would write it: to memory that the transport has for it, if it has any."""
+    old = source.buffers
+    new = (source.renew() if share else None) or old
+    for name, buffer in old.items():
+        torch.add(buffer, 1, out=new[name])
 
 
 def wire_forms(name: str, repeats: int, copy_gb_per_s: float) -> None:
@@ -178,7 +187,7 @@ def _median(action: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
-    parser.add_argument("--transports", nargs="+", default=["ipc", "rdma", "collective", "disk"])
+    parser.add_argument("--transports", nargs="+", default=["ipc", COPYING, "rdma", "collective", "disk"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--wire-forms", action="store_true", help="measure the quantised forms, too")
     options = parser.parse_args()

@@ -249,7 +249,8 @@ class WeightSource(_Member):
 
         What was sent may be written no more. Raises TransferError if there is no memory, WeightSyncError during a
         transfer."""
-        if self.job is not None and (self.machine.state is not State.IDLE or self._running):
+        over = self.machine.state is State.IDLE or (self.machine.resuming and self._committed)
+        if self.job is not None and not over:
             raise WeightSyncError(f"{self.name} is sending {self.job.version!r}: its memory stays until that is over")
         end = self._ends.current if self._sent else None
         found = end.next_buffers(committed=self._committed) if isinstance(end, Sharing) else None
