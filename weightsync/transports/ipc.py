@@ -130,9 +130,9 @@ class IpcSource:
         self._sent = _Sent(job.plan, job.rank, endpoints, file, {holding.process for holding in present.values()})
         # sent again without an update in between: somebody may serve from it, and what they serve was verified
         finished = any(file.id in holding.held for holding in present.values())
-        regions = sorted(set(plan.regions.values()), key=lambda region: (region.there, -region.nbytes))
+        regions = sorted(set(plan.regions.values()), key=_turn)
         if not finished:
-            self._begin(file, plan.progress, regions)
+            file.bytes[plan.progress :] = 0
         left, waiting = iter(regions), {name_of(source=False, rank=target) for target, _ in plan.regions}
         write = functools.partial(self._write, job, file, left, plan.progress, finished=finished)
         with ThreadPoolExecutor(THREADS) as pool:  # leaving it waits for the writers, which end with the attempt
@@ -214,20 +214,14 @@ class IpcSource:
         except OSError as error:
             raise TransferError(f"cannot export {nbytes} bytes of weights: {error.strerror}") from error
 
-    def _begin(self, file: MemoryFile, progress: int, regions: list[Region]) -> None:
-        """Nothing of the file is finished but what lies there already."""
-        if self._mine is not None:
-            file.protect(0, self._mine.own.nbytes, writable=False)
-        file.bytes[progress:] = 0
-        for region in regions:
-            file.bytes[progress + region.index] = region.there
-
     def _write(self, job: Job, file: MemoryFile, left: Iterator[Region], progress: int, *, finished: bool) -> None:
         """Write regions until none is left, or only digest what is finished. Runs in several threads, which share the
         iterator."""
         for region in left:
             job.check("its own copies")
             if region.there or finished:
+                file.freeze(region.offset, region.nbytes)
+                file.bytes[progress + region.index] = 1
                 job.digests.update({copy: digest(self._source(copy)) for copy in region.copies})
                 continue
             with file.writable(region.offset, region.nbytes) as memory:
@@ -342,9 +336,15 @@ class IpcTarget:
         return self._mapped[file]
 
 
+def _turn(region: Region) -> int:
+    """Large ones first: the small ones fill what time is left to each thread."""
+    return -region.nbytes
+
+
 def _finished(job: Job, name: str, progress: torch.Tensor, regions: Mapping[str, Region]) -> Iterator[str]:
     """Buffers, each as soon as its region is finished."""
-    names, places = list(regions), np.array([region.index for region in regions.values()])
+    names = sorted(regions, key=lambda name: _turn(regions[name]))  # the sender's order: what it reads, too, is cached
+    places = np.array([regions[name].index for name in names])
     taken = np.zeros(len(names), np.uint8)
     while not taken.all():
         job.check(f"{name} to copy its weights")

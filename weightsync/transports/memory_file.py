@@ -54,6 +54,11 @@ class MemoryFile:
         finally:
             self.protect(offset, nbytes, writable=False)
 
+    def freeze(self, offset: int, nbytes: int) -> None:
+        """Let nobody write these bytes any more, nor what else is in their pages."""
+        start = offset // PAGE * PAGE
+        self.protect(start, offset + nbytes - start, writable=False)
+
     def protect(self, offset: int, nbytes: int, *, writable: bool) -> None:
         """Let this process write a region from now on, or nobody. ``offset``: at a page's start."""
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
