@@ -12,6 +12,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from data import assert_same_bits, f32, hashed
 from interpreted import chain_matrix_steps, tl, triton
 from memory import watch
+from triton.runtime.errors import InterpreterError
 
 from zerokl.kernels.reference import activation as ref_activation
 from zerokl.kernels.reference import arith
@@ -51,6 +52,19 @@ def test_elementary(name):
     y = torch.empty(len(x))
     _apply[(triton.cdiv(len(x), 1024),)](torch.from_numpy(x), y, len(x), NAME=name, BLOCK=1024)
     assert_same_bits(y, getattr(arith, name)(x), name)
+
+
+def test_the_watch_sees_what_a_gpu_would_not_forgive():
+    """A load past the end of a tensor; an element that one program writes and another reads, in either order."""
+    line = torch.zeros(9)
+    for x, y, n, words in (
+        (line[:8], line.clone(), 9, "1 elements outside its tensors"),
+        (line, line[:8].clone(), 9, "1 elements outside its tensors"),
+        (line, line[1:], 8, "program 1 touches 1 elements written by program 0"),
+        (line[1:], line, 8, "program 1 touches 1 elements read by program 0"),
+    ):
+        with pytest.raises(InterpreterError, match=words):
+            _apply[(triton.cdiv(n, 4),)](x, y, n, NAME="exp2", BLOCK=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

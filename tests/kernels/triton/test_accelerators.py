@@ -5,10 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 
+import zerokl.kernels.triton as backend
 from zerokl import kernels
+from zerokl.kernels.ops import accelerators as start_up
 from zerokl.kernels.ops._common import ops
 from zerokl.kernels.triton import accelerators
 from zerokl.kernels.triton.accelerators import CANDIDATES, Accelerator, accelerate, dispatch, judge
+from zerokl.orchestrate import manifest
 
 CPU = torch.device("cpu")
 LINEAR = next(c for c in CANDIDATES if c.op == "linear")
@@ -94,3 +97,22 @@ def test_the_choice_never_sees_the_number_of_rows(chosen):
 def test_without_a_gpu_nothing_is_judged():
     assert kernels.accelerate() == ()
     assert kernels.accelerators() == []
+
+
+def test_the_manifest_tells_what_stays_off_and_why(monkeypatch):
+    """The start-up judgement as on a machine with a GPU, whose current device is said to be the CPU."""
+    monkeypatch.setattr(start_up, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(start_up, "_verdicts", [])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "device", lambda *_: CPU)
+    monkeypatch.setattr(backend, "check_capability", lambda _: None)
+    monkeypatch.setattr(backend, "KERNELS", {"linear": ops.linear})
+    monkeypatch.setattr(accelerators, "CANDIDATES", (candidate(equal), candidate(one_bit_off)))
+    try:
+        assert [verdict.on for verdict in kernels.accelerate()] == [True, False]
+    finally:
+        accelerate({}, CPU, [])
+    used, unused = manifest.build({}, {}, manifest.Observed())["accelerators"]
+    assert used == {"name": "stand-in", "op": "linear", "on": True, "reason": "byte-equal on 3 cases"}
+    assert unused["on"] is False
+    assert unused["reason"].startswith("1 of 4160 values differ")
