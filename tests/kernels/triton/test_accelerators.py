@@ -62,12 +62,32 @@ def test_verdicts(stand_in, on, reason):
     assert reason in verdict.reason
 
 
+def test_every_output_is_compared():
+    def both(x, y, z):
+        y.copy_(x)
+        z.copy_(x)
+
+    def second_off(x, y, z):
+        y.copy_(x)
+        z.copy_(x + 1)
+
+    def cases(_):
+        yield torch.ones(3), torch.empty(3), torch.empty(3)
+
+    stand_in = Accelerator("stand-in", "op", "torch", lambda *_: True, second_off, cases, (1, 2))
+    assert judge(stand_in, both, CPU).reason == "3 of 3 values differ for shapes [(3,), (3,), (3,)]"
+
+
 def test_only_what_is_byte_equal_is_dispatched():
     used = []
 
     def seen(*arguments):
         used.append(arguments[0].shape[0])
         equal(*arguments)
+
+    def seen_one_bit_off(*arguments):
+        used.append(arguments[0].shape[0])
+        one_bit_off(*arguments)
 
     call = dispatch("linear", ops.linear)
     x, w, bias, segments, y = next(iter(small_cases(CPU)))
@@ -78,7 +98,7 @@ def test_only_what_is_byte_equal_is_dispatched():
         assert used == [1]
         call(x, w, torch.zeros(64), segments, y)  # not taken: a bias
         assert used == [1]
-        assert [v.on for v in accelerate({"linear": ops.linear}, CPU, [candidate(one_bit_off)])] == [False]
+        assert [v.on for v in accelerate({"linear": ops.linear}, CPU, [candidate(seen_one_bit_off)])] == [False]
         used.clear()
         call(x, w, bias, segments, y)
         assert used == []
