@@ -14,6 +14,7 @@ from zerokl.kernels.triton.accelerators import CANDIDATES, Accelerator, accelera
 from zerokl.orchestrate import manifest
 
 CPU = torch.device("cpu")
+NAN = float("nan")
 LINEAR = next(c for c in CANDIDATES if c.op == "linear")
 
 
@@ -62,20 +63,30 @@ def test_verdicts(stand_in, on, reason):
     assert reason in verdict.reason
 
 
-def test_every_output_is_compared():
+@pytest.mark.parametrize(("second", "reason"), [
+    ([0.0, 1.0, NAN], "byte-equal on 1 cases"),
+    ([0.0, 2.0, NAN], "1 of 3 values differ for shapes [(3,), (3,), (3,)]"),
+    ([-0.0, 1.0, NAN], "1 of 3"),
+    ([0.0, NAN, NAN], "1 of 3"),
+    ([0.0, 1.0, 1.0], "1 of 3"),
+])  # fmt: skip
+def test_every_output_is_compared_as_bits(second, reason):
+    """The second output decides alone; NaN equals NaN and nothing else."""
+
     def both(x, y, z):
         y.copy_(x)
         z.copy_(x)
 
-    def second_off(x, y, z):
+    def other(x, y, z):
         y.copy_(x)
-        z.copy_(x + 1)
+        z.copy_(torch.tensor(second))
 
     def cases(_):
-        yield torch.ones(3), torch.empty(3), torch.empty(3)
+        yield torch.tensor([0.0, 1.0, NAN]), torch.empty(3), torch.empty(3)
 
-    stand_in = Accelerator("stand-in", "op", "torch", lambda *_: True, second_off, cases, (1, 2))
-    assert judge(stand_in, both, CPU).reason == "3 of 3 values differ for shapes [(3,), (3,), (3,)]"
+    assert (
+        reason in judge(Accelerator("stand-in", "op", "torch", lambda *_: True, other, cases, (1, 2)), both, CPU).reason
+    )
 
 
 def test_only_what_is_byte_equal_is_dispatched():
