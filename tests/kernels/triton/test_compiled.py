@@ -36,7 +36,9 @@ FORBIDDEN = {
 }
 
 
-ALIGNED = {"n", "k", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row", "w_expert", "w_row", "w_column"}
+ALIGNED = frozenset(
+    ("n", "k", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row", "w_expert", "w_row", "w_column")
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Case:
 
     ``matrix``: the instruction tl.dot becomes: none, mma (mma.sync everywhere) or best (the capability's own).
     ``step``: the operands of its steps, a key of STEPS.
+    ``aligned``: arguments that are multiples of 16, as a launch knows them.
     ``stack``: bytes of spilled registers a thread may have, one bound for all capabilities or one for each.
     """
 
@@ -59,13 +62,14 @@ class Case:
     step: str = "bf16"
     fma: bool = True
     stack: int | tuple[int, int, int] = 0
+    aligned: frozenset[str] = ALIGNED
 
     def compile(self, capability: int):
         types = {p.split(":")[0]: "*" + p.split(":")[1] for p in self.pointers.split()}
         types |= dict.fromkeys(self.integers.split(), "i32") | dict.fromkeys(self.floats.split(), "fp32")
         types |= dict.fromkeys(self.constants, "constexpr")
         signature = {name: types[name] for name in self.kernel.arg_names}
-        aligned = ALIGNED - self.constants.keys()
+        aligned = self.aligned - self.constants.keys()
         aligned = [(i,) for i, name in enumerate(signature) if name.endswith("_ptr") or name in aligned]
         source = ASTSource(
             fn=self.kernel,
@@ -112,6 +116,7 @@ def matmul_case(m: int, n: int, stack: int = 0, **options) -> Case:
         stack=stack,
         matrix="mma" if config.block_m == 16 else "best",
         fma=False,
+        aligned=ALIGNED | {"m"} if weight_gradient else ALIGNED,
     )
 
 
@@ -215,7 +220,7 @@ CASES = {
     "linear_narrow": matmul_case(4096, 1024),
     "linear_tree_of_2": matmul_case(4096, 4096, SEGMENTS=2, BIAS=True),
     "linear_tree_of_8": matmul_case(4096, 4096, 8, SEGMENTS=8),
-    "linear_dw": matmul_case(4096, 4096, 24, CONTINUE=True, ROUND=False),
+    "linear_dw": matmul_case(4096, 4096, CONTINUE=True, ROUND=False),
     "bias_grad": Case(
         linear.bias_grad_kernel, "dy_ptr:bf16 db_ptr:fp32", "rows n", constants={"COLUMNS": 128}, warps=1, fma=False
     ),
@@ -248,6 +253,7 @@ def check_ptx(case: Case, capability: int, path: Path) -> str:
         steps = re.findall(rf"(?:{MATRIX[wanted]})\S+", ptx)
         assert all(re.search(STEPS[case.step][wanted], step) for step in steps), steps
         assert re.search(r"cp\.async\.cg\S* .*, 0x10,", ptx), "operands travel in 16-byte pieces"
+        assert "scale_ptr" in case.pointers or "ld.global.b16" not in ptx, "and not element by element"
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     registers, stack = resources(compiled.asm["cubin"], path / "kernel.cubin")
     bound = case.stack if isinstance(case.stack, int) else case.stack[list(MATRIX).index(capability)]
