@@ -9,7 +9,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from data import assert_same_bits, f32, hashed
+from data import assert_same_bits, cut_edges, f32, hashed
 from interpreted import chain_matrix_steps, tl, triton
 from memory import watch
 from triton.runtime.errors import InterpreterError
@@ -175,6 +175,14 @@ def test_logprob_from_logits(vocab):
         logprob.logprob_from_logits(z, targets + vocab, temperature, top_p, top_k.int(), got, None)
 
 
+def test_the_cut_to_the_last_bit():
+    z, targets, top_p = cut_edges()
+    got = torch.empty(3)
+    logprob.logprob_from_logits(z, targets, torch.ones(3), top_p, torch.zeros(3, dtype=torch.int32), got, None)
+    expected = [ref_logprob.logprob_row(z[r].numpy(), int(targets[r]), 1.0, float(top_p[r]))[0] for r in range(3)]
+    assert_same_bits(got, np.array(expected), "logprob")
+
+
 def test_logits_gradient():
     rows, vocab = len(FILTERS), 1031
     z = _logits(rows, vocab)
@@ -209,13 +217,15 @@ def test_infinite_and_nan_logits():
 
 
 @pytest.mark.parametrize(
-    ("vocab", "cases"), [(5, FILTERS[:2]), (300, [*FILTERS[1:4], (0.0, 0.5, 3)]), (8300, [(0.8, 1.0, 0)])]
+    ("vocab", "cases"), [(5, FILTERS[:2]), (300, [*FILTERS[:4], (0.0, 0.5, 3)]), (8300, [(0.8, 1.0, 0)])]
 )
 def test_sample(vocab, cases):
     rows = len(cases)
     z = _logits(rows, vocab)
-    seeds = [0, 1, -1, 2**40 + 17, -(2**63), 2**63 - 1]
-    places = [0, 5, 2**33 + 1, 12, 2**31, 7]
+    seeds = [2**40 + 17, 0, -1, 1, -(2**63)]
+    places = [2**33 + 1, 0, 5, 12, 2**31]
+    # all keys 0 where nothing is filtered: each of the noise's bits counts
+    z[0] = -torch.from_numpy(ref_sampling.gumbel(vocab, seeds[0], places[0]))
     temperature, top_p, top_k = (torch.tensor(column) for column in zip(*cases, strict=True))
     token, got, raw = torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)
     sampling.sample(z, temperature, top_p, top_k.int(), torch.tensor(seeds), torch.tensor(places), token, got, raw)
