@@ -60,8 +60,8 @@ def test_the_watch_sees_what_a_gpu_would_not_forgive():
     for x, y, n, words in (
         (line[:8], line.clone(), 9, "1 elements outside its tensors"),
         (line, line[:8].clone(), 9, "1 elements outside its tensors"),
-        (line, line[1:], 8, "program 1 touches 1 elements written by program 0"),
-        (line[1:], line, 8, "program 1 touches 1 elements read by program 0"),
+        (line, line[1:], 8, "program 1 touches 1 elements written by another"),
+        (line[1:], line, 8, "program 1 touches 1 elements read by another"),
     ):
         with pytest.raises(InterpreterError, match=words):
             _apply[(triton.cdiv(n, 4),)](x, y, n, NAME="exp2", BLOCK=4)

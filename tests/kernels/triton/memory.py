@@ -40,8 +40,8 @@ class Tensors:
 
     @staticmethod
     def _alone(before, program, what):
-        others = before[(before != NOBODY) & (before != program)]
-        assert not others.size, f"program {program} touches {others.size} elements {what} by program {others.max()}"
+        others = np.count_nonzero((before != NOBODY) & (before != program))
+        assert not others, f"program {program} touches {others} elements {what} by another"
 
 
 def _span(t):
