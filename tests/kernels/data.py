@@ -39,6 +39,17 @@ def tie(k: torch.Tensor, v: torch.Tensor) -> None:
     v[1::2] = (v[1::2].view(torch.int16) + 1).view(torch.bfloat16)
 
 
+def cut_edges() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits [3, 128], targets [3], top_p [3]) whose cut the last bit of a sum decides; all but the second are kept.
+
+    Equal entries, where the mass before the 65th is the limit itself; then one entry before 127 of 2^-25 of it, none of
+    which fp32 adds to the mass before the last.
+    """
+    logits = torch.zeros(3, 128)
+    logits[2, 1:] = -25 * float(np.log(2.0))
+    return logits, torch.tensor([63, 64, 127]), torch.tensor([0.5, 0.5, 1 - 2.0**-20])
+
+
 def f32(t: torch.Tensor) -> np.ndarray:
     """A tensor as the fp32 array the reference takes."""
     return t.detach().float().numpy()

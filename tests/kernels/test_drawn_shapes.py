@@ -110,3 +110,8 @@ def test_scores_and_samples(isa, rows, vocab, width, temperature, top_p, top_k):
     assert_same_bits(got.logprob, expected, "sampled")
     scored = kernels.selected_logprob(hidden, head, got.token, **options)
     assert_same_bits(scored.logprob, expected, "scored")
+    # samples are mostly the likeliest token, whose z - max is 0: any token, its last bits decided by each term
+    targets = torch.arange(rows) * 31 % vocab
+    scored = kernels.selected_logprob(hidden, head, targets, temperature=temperature)
+    expected = [ref_logprob.logprob_row(z, t, temperature)[0] for z, t in zip(logits, targets, strict=True)]
+    assert_same_bits(scored.logprob, np.array(expected), "any token")

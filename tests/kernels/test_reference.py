@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from data import assert_same_bits, f32, hashed, tie
+from data import assert_same_bits, cut_edges, f32, hashed, tie
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -438,11 +438,24 @@ def test_gradients_of_log_probabilities_in_fp32(isa):
     assert_same_bits(head, dhead, "dhead")
 
 
+def test_the_cut_to_the_last_bit(isa):
+    logits, targets, top_p = cut_edges()
+    got = kernels.logprob_from_logits(logits, targets, top_p=top_p)
+    expected = [
+        ref_logprob.logprob_row(f32(z), int(t), 1.0, float(p))[0]
+        for z, t, p in zip(logits, targets, top_p, strict=True)
+    ]
+    assert_same_bits(got, np.array(expected), "logprob")
+    assert got.isfinite().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [*SAMPLING, (0.0, 1.0, 0)])
 def test_sample(isa, temperature, top_p, top_k):
     logits = f32(hashed(12, 700, seed=3)) * np.float32(6)
     logits[3, 100:110] = logits[3].max() + 1  # ties
-    seeds, positions = np.arange(12) * (1 << 33) - 5, np.arange(12) + (1 << 31)
+    seeds, positions = np.arange(12) * (1 << 33) - 5, np.arange(12) * (1 << 34) + (1 << 31)
+    # all keys 0 at temperature 1: each of the noise's bits counts
+    logits[5] = -ref_sampling.gumbel(700, int(seeds[5]), int(positions[5]))
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     got = kernels.sample(
         torch.from_numpy(logits), seed=torch.from_numpy(seeds), position=torch.from_numpy(positions), **options

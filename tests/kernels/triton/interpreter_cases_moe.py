@@ -13,11 +13,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from data import assert_same_bits, hashed
 from interpreted import chain_matrix_steps
+from memory import watch
 
 from zerokl.kernels.ops._common import ops
 from zerokl.kernels.triton import KERNELS, grouped_linear, router
 
 chain_matrix_steps()
+watch()
 KINDS = ["plain", "wide", "cancel", "tiny"]
 NAN = float("nan")
 

@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from data import assert_same_bits, hashed
 from interpreted import chain_matrix_steps
+from memory import watch
 from test_quantize import CASES, E4M3, INF, LINEARS, NAN, SQUARE, edge_blocks, fits
 
 from zerokl import kernels
@@ -26,6 +27,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 chain_matrix_steps()
+by_address = watch()
 
 OPS = ("quantize", "dequantize", "scaled_linear", "int4_linear", "linear_dx", "linear_dw", "bias_grad")
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -123,6 +125,13 @@ def test_many_tensors_in_one_launch(case, monkeypatch):
     assert tensors[-1].data_ptr() % 16
     expected = case.quantize(tensors)
     monkeypatch.setattr(quantize, "quantize_kernel", None)  # the kernel of a lone tensor
+    table = quantize._table
+
+    def watched_table(matrices):
+        by_address.extend(tensor for matrix in matrices for tensor in matrix[:3])
+        return table(matrices)
+
+    monkeypatch.setattr(quantize, "_table", watched_table)
     for count in (2, len(tensors) - 1, len(tensors)):
         with on_triton():
             got = case.quantize(tensors[:count])

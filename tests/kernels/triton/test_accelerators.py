@@ -5,12 +5,16 @@ import torch
 
 pytest.importorskip("triton")
 
+import zerokl.kernels.triton as backend
 from zerokl import kernels
+from zerokl.kernels.ops import accelerators as start_up
 from zerokl.kernels.ops._common import ops
 from zerokl.kernels.triton import accelerators
 from zerokl.kernels.triton.accelerators import CANDIDATES, Accelerator, accelerate, dispatch, judge
+from zerokl.orchestrate import manifest
 
 CPU = torch.device("cpu")
+NAN = float("nan")
 LINEAR = next(c for c in CANDIDATES if c.op == "linear")
 
 
@@ -59,12 +63,42 @@ def test_verdicts(stand_in, on, reason):
     assert reason in verdict.reason
 
 
+@pytest.mark.parametrize(("second", "reason"), [
+    ([0.0, 1.0, NAN], "byte-equal on 1 cases"),
+    ([0.0, 2.0, NAN], "1 of 3 values differ for shapes [(3,), (3,), (3,)]"),
+    ([-0.0, 1.0, NAN], "1 of 3"),
+    ([0.0, NAN, NAN], "1 of 3"),
+    ([0.0, 1.0, 1.0], "1 of 3"),
+])  # fmt: skip
+def test_every_output_is_compared_as_bits(second, reason):
+    """The second output decides alone; NaN equals NaN and nothing else."""
+
+    def both(x, y, z):
+        y.copy_(x)
+        z.copy_(x)
+
+    def other(x, y, z):
+        y.copy_(x)
+        z.copy_(torch.tensor(second))
+
+    def cases(_):
+        yield torch.tensor([0.0, 1.0, NAN]), torch.empty(3), torch.empty(3)
+
+    assert (
+        reason in judge(Accelerator("stand-in", "op", "torch", lambda *_: True, other, cases, (1, 2)), both, CPU).reason
+    )
+
+
 def test_only_what_is_byte_equal_is_dispatched():
     used = []
 
     def seen(*arguments):
         used.append(arguments[0].shape[0])
         equal(*arguments)
+
+    def seen_one_bit_off(*arguments):
+        used.append(arguments[0].shape[0])
+        one_bit_off(*arguments)
 
     call = dispatch("linear", ops.linear)
     x, w, bias, segments, y = next(iter(small_cases(CPU)))
@@ -75,7 +109,7 @@ def test_only_what_is_byte_equal_is_dispatched():
         assert used == [1]
         call(x, w, torch.zeros(64), segments, y)  # not taken: a bias
         assert used == [1]
-        assert [v.on for v in accelerate({"linear": ops.linear}, CPU, [candidate(one_bit_off)])] == [False]
+        assert [v.on for v in accelerate({"linear": ops.linear}, CPU, [candidate(seen_one_bit_off)])] == [False]
         used.clear()
         call(x, w, bias, segments, y)
         assert used == []
@@ -94,3 +128,22 @@ def test_the_choice_never_sees_the_number_of_rows(chosen):
 def test_without_a_gpu_nothing_is_judged():
     assert kernels.accelerate() == ()
     assert kernels.accelerators() == []
+
+
+def test_the_manifest_tells_what_stays_off_and_why(monkeypatch):
+    """The start-up judgement as on a machine with a GPU, whose current device is said to be the CPU."""
+    monkeypatch.setattr(start_up, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(start_up, "_verdicts", [])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "device", lambda *_: CPU)
+    monkeypatch.setattr(backend, "check_capability", lambda _: None)
+    monkeypatch.setattr(backend, "KERNELS", {"linear": ops.linear})
+    monkeypatch.setattr(accelerators, "CANDIDATES", (candidate(equal), candidate(one_bit_off)))
+    try:
+        assert [verdict.on for verdict in kernels.accelerate()] == [True, False]
+    finally:
+        accelerate({}, CPU, [])
+    used, unused = manifest.build({}, {}, manifest.Observed())["accelerators"]
+    assert used == {"name": "stand-in", "op": "linear", "on": True, "reason": "byte-equal on 3 cases"}
+    assert unused["on"] is False
+    assert unused["reason"].startswith("1 of 4160 values differ")

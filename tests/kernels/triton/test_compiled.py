@@ -17,9 +17,16 @@ from triton.compiler import ASTSource
 
 from zerokl.kernels.triton import activation, linear, logprob, norm, rotary, sampling, selected_logprob
 from zerokl.kernels.triton._math import launch_options
+from zerokl.kernels.triton.linear_config import LinearConfig, linear_config
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
+STEPS = {
+    "bf16": {80: r"m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32", 90: r"k16\.f32\.bf16\.bf16", 100: "kind::f16"},
+    "e4m3": {90: r"k32\.f32\.e4m3\.e4m3", 100: "kind::f8f6f4"},
+}
+"""The matrix step on each kind of operands, sums in fp32."""
+
 FORBIDDEN = {
     "float atomics": r"\b(atom|red)\.\S*\.(f16|bf16|f32|f64)",
     "approximate arithmetic": r"\.approx",
@@ -29,7 +36,9 @@ FORBIDDEN = {
 }
 
 
-ALIGNED = {"n", "k", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row", "w_expert", "w_row", "w_column"}
+ALIGNED = frozenset(
+    ("n", "k", "depth", "dim", "a_row", "b_row", "a_column", "b_column", "y_row", "w_expert", "w_row", "w_column")
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Case:
     """One kernel with one representative configuration.
 
     ``matrix``: the instruction tl.dot becomes: none, mma (mma.sync everywhere) or best (the capability's own).
+    ``step``: the operands of its steps, a key of STEPS.
+    ``aligned``: arguments that are multiples of 16, as a launch knows them.
     ``stack``: bytes of spilled registers a thread may have, one bound for all capabilities or one for each.
     """
 
@@ -48,15 +59,17 @@ class Case:
     warps: int = 4
     stages: int = 1
     matrix: str = "none"
+    step: str = "bf16"
     fma: bool = True
     stack: int | tuple[int, int, int] = 0
+    aligned: frozenset[str] = ALIGNED
 
     def compile(self, capability: int):
         types = {p.split(":")[0]: "*" + p.split(":")[1] for p in self.pointers.split()}
         types |= dict.fromkeys(self.integers.split(), "i32") | dict.fromkeys(self.floats.split(), "fp32")
         types |= dict.fromkeys(self.constants, "constexpr")
         signature = {name: types[name] for name in self.kernel.arg_names}
-        aligned = ALIGNED - self.constants.keys()
+        aligned = self.aligned - self.constants.keys()
         aligned = [(i,) for i, name in enumerate(signature) if name.endswith("_ptr") or name in aligned]
         source = ASTSource(
             fn=self.kernel,
@@ -81,23 +94,29 @@ def resources(cubin: bytes, path: Path) -> tuple[int, int]:
 FILTER = "temperature_ptr:fp32 cut_ptr:fp32 cut_index_ptr:i64"
 
 
-def matmul_case(block_m: int, block_n: int, block_k: int, warps: int, stages: int, stack: int = 0, **options) -> Case:
+def tiles_of(config: LinearConfig) -> dict[str, int]:
+    """What a kernel that walks tiles of a product takes from linear_config."""
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": config.group}
+
+
+def matmul_case(m: int, n: int, stack: int = 0, **options) -> Case:
     """The matrix product as linear_config tiles it, k contiguous in both operands unless it is a weight gradient."""
-    small, weight_gradient = options.pop("SMALL", False), options.get("CONTINUE", False)
+    weight_gradient = options.get("CONTINUE", False)
     unit = {"a_row": 1, "b_column": 1} if weight_gradient else {"a_column": 1, "b_row": 1}
     strides = {"a_row", "a_column", "b_row", "b_column"} - unit.keys()
-    flags = {"BIAS": False, "CONTINUE": False, "ROUND": True, "SEGMENTS": 1, "EVEN_K": True, "GROUP": 8}
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    flags = {"BIAS": False, "CONTINUE": False, "ROUND": True, "SEGMENTS": 1, "EVEN_K": True, **options}
+    config = linear_config(m, n, flags["SEGMENTS"])
     return Case(
         linear.matmul_kernel,
         f"a_ptr:bf16 b_ptr:bf16 bias_ptr:fp32 y_ptr:{'fp32' if weight_gradient else 'bf16'}",
         f"m n depth {' '.join(sorted(strides))}",
-        constants={**flags, **unit, **tiles, **options},
-        warps=warps,
-        stages=stages,
+        constants={**flags, **unit, **tiles_of(config)},
+        warps=config.num_warps,
+        stages=config.num_stages,
         stack=stack,
-        matrix="mma" if small else "best",
+        matrix="mma" if config.block_m == 16 else "best",
         fma=False,
+        aligned=ALIGNED | {"m"} if weight_gradient else ALIGNED,
     )
 
 
@@ -195,11 +214,13 @@ CASES = {
         constants={"BLOCK": 1024},
     ),
     "choose": Case(sampling.choose_kernel, "best_ptr:fp32 where_ptr:i32 token_ptr:i64", warps=1, fma=False),
-    "linear": matmul_case(128, 128, 64, 8, 4),
-    "linear_small": matmul_case(16, 64, 128, 4, 4, SMALL=True),
-    "linear_tree_of_2": matmul_case(64, 128, 64, 8, 3, SEGMENTS=2, BIAS=True),
-    "linear_tree_of_8": matmul_case(64, 128, 64, 8, 3, 8, SEGMENTS=8),
-    "linear_dw": matmul_case(128, 128, 64, 8, 4, 24, CONTINUE=True, ROUND=False),
+    "linear": matmul_case(4096, 4096),
+    "linear_small": matmul_case(1, 4096),
+    "linear_64": matmul_case(64, 4096),
+    "linear_narrow": matmul_case(4096, 1024),
+    "linear_tree_of_2": matmul_case(4096, 4096, SEGMENTS=2, BIAS=True),
+    "linear_tree_of_8": matmul_case(4096, 4096, 8, SEGMENTS=8),
+    "linear_dw": matmul_case(4096, 4096, CONTINUE=True, ROUND=False),
     "bias_grad": Case(
         linear.bias_grad_kernel, "dy_ptr:bf16 db_ptr:fp32", "rows n", constants={"COLUMNS": 128}, warps=1, fma=False
     ),
@@ -229,7 +250,10 @@ def check_ptx(case: Case, capability: int, path: Path) -> str:
     assert present == ({wanted} if wanted else set())
     assert ("fma.rn.f32" in ptx) == case.fma
     if wanted:
+        steps = re.findall(rf"(?:{MATRIX[wanted]})\S+", ptx)
+        assert all(re.search(STEPS[case.step][wanted], step) for step in steps), steps
         assert re.search(r"cp\.async\.cg\S* .*, 0x10,", ptx), "operands travel in 16-byte pieces"
+        assert "scale_ptr" in case.pointers or "ld.global.b16" not in ptx, "and not element by element"
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     registers, stack = resources(compiled.asm["cubin"], path / "kernel.cubin")
     bound = case.stack if isinstance(case.stack, int) else case.stack[list(MATRIX).index(capability)]

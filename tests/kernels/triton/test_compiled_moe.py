@@ -7,27 +7,29 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_compiled import Case, check_ptx
+from test_compiled import Case, check_ptx, tiles_of
 
 from zerokl.kernels.triton import grouped_linear, moe, router
+from zerokl.kernels.triton.linear_config import linear_config
 
 OFFSETS = "offsets_ptr:i64"
+DW = linear_config(2048, 768, 1)
 
 
-def grouped_case(block_m: int, block_n: int, block_k: int, warps: int, stages: int, stack: int = 0, **options) -> Case:
-    """The experts' product as linear_config tiles it; k contiguous in the weights, or (DX) not."""
+def grouped_case(rows: int, stack: int = 0, **options) -> Case:
+    """The experts' product as linear_config tiles it; k contiguous in the weights, or (DX) not. rows: of an expert."""
     unit = {"w_column": 1} if options.pop("DX", False) else {"w_row": 1}
-    rounded = options.get("ROUND", True)
-    flags = {"SEGMENTS": 1, "ROUND": rounded, "EVEN_K": True, "EXPERTS": 128, "GROUP": 8}
+    flags = {"SEGMENTS": 1, "ROUND": True, "EVEN_K": True, "EXPERTS": 128, **options}
+    config = linear_config(rows, 4096, flags["SEGMENTS"])
     return Case(
         grouped_linear.grouped_kernel,
-        f"a_ptr:bf16 w_ptr:bf16 {OFFSETS} y_ptr:{'bf16' if rounded else 'fp32'}",
+        f"a_ptr:bf16 w_ptr:bf16 {OFFSETS} y_ptr:{'bf16' if flags['ROUND'] else 'fp32'}",
         f"experts n depth tiles_m a_row w_expert {' '.join({'w_row', 'w_column'} - unit.keys())}",
-        constants={**flags, **unit, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **options},
-        warps=warps,
-        stages=stages,
+        constants={**flags, **unit, **tiles_of(config)},
+        warps=config.num_warps,
+        stages=config.num_stages,
         stack=stack,
-        matrix="mma" if block_m == 16 else "best",
+        matrix="mma" if config.block_m == 16 else "best",
         fma=False,
     )
 
@@ -89,18 +91,18 @@ CASES = {
         "rows n slots",
         constants={"ROWS": 4},
     ),
-    "grouped_linear": grouped_case(128, 128, 64, 8, 4),
-    "grouped_linear_part": grouped_case(128, 128, 64, 8, 4, ROUND=False),
-    "grouped_linear_small": grouped_case(16, 64, 128, 4, 4),
-    "grouped_linear_tree_of_8": grouped_case(64, 128, 64, 8, 3, 8, SEGMENTS=8),
-    "grouped_linear_dx": grouped_case(128, 128, 64, 8, 4, DX=True),
+    "grouped_linear": grouped_case(4096),
+    "grouped_linear_part": grouped_case(4096, ROUND=False),
+    "grouped_linear_small": grouped_case(8),
+    "grouped_linear_tree_of_8": grouped_case(4096, 8, SEGMENTS=8),
+    "grouped_linear_dx": grouped_case(4096, DX=True),
     "grouped_linear_dw": Case(
         grouped_linear.grouped_dw_kernel,
         f"dy_ptr:bf16 x_ptr:bf16 {OFFSETS} dw_ptr:fp32",
         "n k",
-        constants={"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_R": 64},
-        warps=8,
-        stages=4,
+        constants={"BLOCK_N": DW.block_m, "BLOCK_K": DW.block_n, "BLOCK_R": DW.block_k},
+        warps=DW.num_warps,
+        stages=DW.num_stages,
         matrix="best",
         stack=24,
         fma=False,
