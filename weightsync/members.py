@@ -33,6 +33,7 @@ from zerokl.weightsync.transports.copies import source_digests, target_digests
 
 _GREETING_S = 10.0
 _RETRY_S = 0.05
+_SETTLE_S = 30.0
 
 Observer = Callable[[str], None]
 """Told the name of each step before it is taken: for logs, progress, and tests that fail at a chosen point."""
@@ -243,15 +244,17 @@ class WeightSource(_Member):
     def _transport(self) -> Source:
         return self._ends.current
 
-    def renew(self) -> Buffers | None:
+    def renew(self, timeout_s: float = _SETTLE_S) -> Buffers | None:
         """Other memory for `buffers`, to write the next version into, where receivers can read it without a copy; None
         where the transport has none: then they stay. What it holds first is undefined.
 
-        What was sent may be written no more. Raises TransferError if there is no memory, WeightSyncError during a
-        transfer."""
-        over = self.machine.state is State.IDLE or (self.machine.resuming and self._committed)
-        if self.job is not None and not over:
-            raise WeightSyncError(f"{self.name} is sending {self.job.version!r}: its memory stays until that is over")
+        What was sent may be written no more. Raises TransferError if there is no memory, WeightSyncError if a transfer
+        that failed has not ended here ``timeout_s`` later."""
+        deadline = time.monotonic() + timeout_s
+        while self.job is not None and self.machine.state is not State.IDLE and not self.machine.resuming:
+            if time.monotonic() > deadline:
+                raise WeightSyncError(f"waited {timeout_s:g} s for {self.name} to end sending {self.job.version!r}")
+            time.sleep(_RETRY_S)
         end = self._ends.current if self._sent else None
         found = end.next_buffers(committed=self._committed) if isinstance(end, Sharing) else None
         self.buffers = self.buffers if found is None else found

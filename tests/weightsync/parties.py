@@ -72,6 +72,16 @@ def blank(layout):
     return [{name: torch.zeros(n, dtype=torch.uint8) for name, n in rank.buffers.items()} for rank in layout.ranks]
 
 
+def write(source, values):
+    """A version as a trainer makes it: in the memory that its transport has for it, or else in memory of its own."""
+    memory = source.renew()
+    if memory is None:
+        source.buffers = values
+        return
+    for name, value in values.items():
+        memory[name].copy_(value)
+
+
 class Parties:
     """All participants as threads of this process, for one model and one transport."""
 

@@ -102,7 +102,7 @@ def sender(folder: Path, transport: str, rank: int, pipe) -> None:
     for request in requests(pipe):
         match request:
             case "load", seed:
-                source.buffers = parties.trainer_buffers(parties.MODEL, TRAINER, rank, seed)
+                parties.write(source, parties.trainer_buffers(parties.MODEL, TRAINER, rank, seed))
                 pipe.send("loaded")
             case "fault", step, signal_:
                 saboteur.step, saboteur.signal = step, signal_
@@ -126,7 +126,7 @@ def trainer(folder: Path, transport: str, pipe) -> None:
         match request:
             case "sync", version, seed, deadlines:
                 coordinator.wait(PATIENCE_S)
-                source.buffers = parties.trainer_buffers(parties.MODEL, TRAINER, 0, seed)
+                parties.write(source, parties.trainer_buffers(parties.MODEL, TRAINER, 0, seed))
                 pipe.send(coordinator.sync(version, deadlines=deadlines))
             case "fault", step, signal_:
                 saboteur.step, saboteur.signal = step, signal_

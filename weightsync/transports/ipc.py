@@ -168,7 +168,7 @@ class IpcSource:
         free = [f for f in self._files if f.nbytes == nbytes and f is not sent.file and f.given <= elsewhere]
         file = free[0] if free else self._new(nbytes)
         self._served = sent.file if committed else self._served
-        self._files = [f for f in dict.fromkeys((self._served, sent.file, file)) if f is not None]
+        self._files = [f for f in (self._served, file) if f is not None]  # one of a failed attempt is let go
         file.protect(0, own.nbytes, writable=True)
         self._mine = _Mine(file, own, {name: file.bytes[at : at + n] for name, (at, n) in own.buffers.items()})
         return self._mine.buffers
