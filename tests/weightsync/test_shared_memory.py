@@ -142,11 +142,11 @@ def test_files_made_for_other_receivers_are_left_and_copied_from(run):
     outcome = run.sender.sync("v3")
     assert not outcome.committed
     assert "bytes now, the file made for them has" in outcome.cause
+    assert mine.file not in transport._files  # its weights lie there, and nowhere else
     assert run.all_hold(2)
     outcome = run.sender.sync("v3 again")
     assert (outcome.committed, outcome.copied_bytes) == (True, SIZE), outcome.cause
     assert run.all_hold(3)
-    assert mine.file not in transport._files
 
 
 def test_no_memory_is_an_error(run, monkeypatch):
