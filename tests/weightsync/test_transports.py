@@ -2,6 +2,8 @@
 
 import shutil
 import threading
+import time
+from datetime import timedelta
 
 import msgspec
 import pytest
@@ -12,10 +14,10 @@ from parties import MODEL, Parties, trainer_buffers
 
 from zerokl.weightsync.megatron_layout import MegatronSizes, megatron_layout
 from zerokl.weightsync.model_shape import ModelShape
-from zerokl.weightsync.plan import make_plan
+from zerokl.weightsync.plan import Plan, make_plan
 from zerokl.weightsync.sglang_layout import SglangSizes, sglang_layout
 from zerokl.weightsync.transports import collective, delta, disk, ipc, rdma
-from zerokl.weightsync.transports.base import Job, Room, TransferError
+from zerokl.weightsync.transports.base import Cancelled, Job, Room, TransferError
 from zerokl.weightsync.transports.ipc_layout import arrange, parse_export
 
 NAMES = ["ipc", "rdma", "collective", "disk"]
@@ -203,6 +205,17 @@ def test_memory_is_handed_only_to_who_knows_the_nonce(tmp_path):
     serving.join(10)
     source.finish()
     assert list(tmp_path.glob("*.ipc")) == []
+
+
+def test_a_rendezvous_that_others_miss_ends_with_its_attempt(tmp_path, monkeypatch):
+    monkeypatch.setattr(collective, "_CONNECT", timedelta(seconds=3))
+    job = Job(bytes(16), "v", Plan((), ""), 0, deadline=time.monotonic() + 60)
+    threading.Timer(0.2, job.cancelled.set).start()
+    with pytest.raises(Cancelled, match="called off while waiting for all ranks to connect"):
+        collective.CollectiveSource(tmp_path, ranks=(1, 1)).transfer(job, {})
+    alone = Job(bytes(16), "w", Plan((), ""), 0, deadline=time.monotonic() + 60)
+    with pytest.raises(TransferError, match="the ranks did not all connect: "):
+        collective.CollectiveSource(tmp_path, ranks=(1, 1)).transfer(alone, {})
 
 
 def shard_of_last(folder):

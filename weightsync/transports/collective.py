@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ _CONNECT = timedelta(seconds=20)
 _SLICE_S = 0.05
 _POLL_S = 0.0005
 _CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 
 class _Group:
@@ -48,10 +50,8 @@ class _Group:
             self.drop()
             store = dist.FileStore(str(self._folder / f"{job.attempt.hex()}.store"), self._size)
             timeout = min(_CONNECT, timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
-            try:
-                self._group = self._connect(store, rank, timeout)
-            except RuntimeError as error:
-                raise TransferError(f"the ranks did not all connect: {error}") from error
+            connect = functools.partial(self._connect, store, rank, timeout)
+            self._group = _abandonable(connect, job, "all ranks to connect", "the ranks did not all connect")
             self.name = job.attempt
         return self._group
 
@@ -89,22 +89,30 @@ def _post(start: Callable[[], dist.Work], what: str) -> dist.Work:
 def _wait(work: dist.Work, job: Job, what: str, *, nccl: bool) -> None:
     """Wait for one transfer, and notice the end of the attempt meanwhile.
 
-    gloo closes the connection when a wait of its own times out, and offers no way to call one off. So the wait is left
-    to a thread; one that is abandoned ends by the attempt's deadline and touches staging memory only. NCCL's wait does
-    not block: it is done when its work is.
+    gloo closes the connection when a wait of its own times out, and offers no way to call one off; one that is
+    abandoned touches staging memory only. NCCL's wait does not block: it is done when its work is.
     """
-    done: Future[None] = Future()
 
     def wait() -> None:
-        try:
-            while nccl and not work.is_completed() and not job.cancelled.is_set():
-                time.sleep(_POLL_S)
-            work.wait(timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
-            done.set_result(None)
-        except RuntimeError as error:
-            done.set_exception(TransferError(f"failed: {what}: {error}"))
+        while nccl and not work.is_completed() and not job.cancelled.is_set():
+            time.sleep(_POLL_S)
+        work.wait(timedelta(seconds=max(0.1, job.deadline - time.monotonic())))
 
-    threading.Thread(target=wait, daemon=True).start()
+    _abandonable(wait, job, what, f"failed: {what}")
+
+
+def _abandonable(action: Callable[[], T], job: Job, what: str, failed: str) -> T:
+    """The result of a call that cannot be called off: left to a thread, which ends by the call's own deadline, if the
+    attempt ends before. Raises TransferError, beginning with ``failed``, if the call fails."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(action())
+        except RuntimeError as error:
+            done.set_exception(TransferError(f"{failed}: {error}"))
+
+    threading.Thread(target=run, daemon=True).start()
     while True:
         job.check(what)
         with contextlib.suppress(TimeoutError):
