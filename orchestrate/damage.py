@@ -26,6 +26,7 @@ class DamagingSource(IpcSource):
 
     flipped bit: one bit of the exported file is another one than in the trainer's memory. missing chunk: one copy is
     left out. source error: the sender fails while it sends. full memory: the kernel refuses to let a new file grow.
+    Nothing is done to what the trainer and the engine share: there is no other copy that it could differ from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,6 +39,8 @@ class DamagingSource(IpcSource):
     def plan(self, damage: Damage, where: int) -> None:
         """Damage the next transfer; ``where`` picks the copy (counted through, modulo their number)."""
         self._armed, self._where, self.witness = damage, where, ""
+        if damage == "full memory" and self._mine is not None:
+            self._leave(self._mine.file)  # it would not have to grow
 
     def transfer(self, job: Job, endpoints: Mapping[str, bytes]) -> int:
         if self._armed == "source error":
@@ -47,7 +50,8 @@ class DamagingSource(IpcSource):
             self._files = []  # an earlier one would not have to grow
         elif self._armed is not None:
             regions = arrange(job.plan, job.rank, endpoints).regions.values()
-            everything = [(region, copy) for region in dict.fromkeys(regions) for copy in region.copies]
+            written = [region for region in dict.fromkeys(regions) if not region.there]
+            everything = [(region, copy) for region in written for copy in region.copies]
             self._victim = self._armed, *everything[self._where % len(everything)]
             self._armed = None
         return super().transfer(job, endpoints)

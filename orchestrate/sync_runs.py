@@ -75,6 +75,7 @@ class SyncRuns:
         self._source = DamagingSource(meeting.folder)
         source = self._source if faults else None
         self._link = WeightLink(meeting, *block_layout(*policy.weight_blocks()), source=source)
+        policy.new_memory = self._link.source.renew
         self._digests: dict[str | None, dict[str, str]] = {}
 
     def __enter__(self) -> Self:
