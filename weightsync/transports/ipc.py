@@ -157,8 +157,8 @@ class IpcSource:
 
     def next_buffers(self, *, committed: bool) -> Buffers | None:
         """Memory for the next version, in buffers of the sizes of those sent last; None before anything was sent.
-        Nobody serves from it before it is sent itself. ``committed``: whether the last transfer was; then everybody serves
-        from its file, and an older one may be free. Raises TransferError if there is no memory for it."""
+        Nobody serves from it before it is sent itself. ``committed``: whether the last transfer was; then everybody
+        serves from its file, and an older one may be free. Raises TransferError if there is no memory for it."""
         sent = self._sent
         if sent is None:
             return None
